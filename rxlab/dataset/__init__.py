@@ -1,0 +1,1 @@
+"""Rows become labelled N-dimensional data and what it says."""

@@ -1,0 +1,1 @@
+"""Columns become one row per packet."""

@@ -1,0 +1,1 @@
+"""Experiments become run directories."""

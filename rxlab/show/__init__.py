@@ -1,0 +1,1 @@
+"""For people: plots, exports, the report."""
