@@ -1,0 +1,64 @@
+"""The errors: one line each, in one order, with the exit status that scripts rely on."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+from rxlab import errors
+from rxlab.errors import FormatError, RefusedError, RxlabError, TruncatedFileError, UsageError
+
+CLASSES = [value for _, value in inspect.getmembers(errors, inspect.isclass) if issubclass(value, RxlabError)]
+
+
+def test_line_keeps_the_order_where_what_found_expected_do() -> None:
+    error = FormatError(
+        "unknown magic",
+        where="perf.data, byte 0",
+        found="'PERFFILE'",
+        expected="'PERFILE2'",
+        do="Record it again with perf 3.0 or newer.",
+    )
+    assert str(error) == (
+        "perf.data, byte 0: unknown magic: found 'PERFFILE', expected 'PERFILE2'. Record it again with perf 3.0 or newer."
+    )
+
+
+@pytest.mark.parametrize(
+    ("parts", "line"),
+    [
+        ({}, "no events"),
+        ({"where": "a.pcap"}, "a.pcap: no events"),
+        ({"found": "0"}, "no events: found 0"),
+        ({"expected": "some"}, "no events: expected some"),
+        ({"do": "Wait longer."}, "no events. Wait longer."),
+    ],
+)
+def test_line_leaves_out_what_is_not_known(parts: dict[str, str], line: str) -> None:
+    assert RxlabError("no events", **parts).line() == line
+
+
+def test_line_is_one_line_whatever_a_tool_printed() -> None:
+    error = RxlabError("perf failed", found="Error:\n  no permission\r\n\ttry sudo\n")
+    assert str(error) == "perf failed: found Error: no permission try sudo"
+
+
+@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
+def test_every_class_says_when_it_is_raised_and_exits_non_zero(kind: type[RxlabError]) -> None:
+    assert inspect.getdoc(kind)
+    assert kind.exit_code in {1, 2, 3}
+    with pytest.raises(RxlabError, match="^what$"):
+        raise kind("what")
+
+
+def test_exit_codes_are_those_of_the_command_line() -> None:
+    assert {kind.__name__: kind.exit_code for kind in CLASSES if kind.exit_code != 1} == {
+        "UsageError": 2,
+        "RefusedError": 3,
+    }
+    assert (RxlabError.exit_code, UsageError.exit_code, RefusedError.exit_code) == (1, 2, 3)
+
+
+def test_a_truncated_file_is_a_format_error() -> None:
+    assert issubclass(TruncatedFileError, FormatError)
