@@ -1,0 +1,87 @@
+"""Flow keys of packets: dense flow ids, and the RSS Toeplitz hash a NIC spreads them by."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from rxlab.read.headers import HeaderColumns
+
+_KEY_WORDS = 5  # src_hi, src_lo, dst_hi, dst_lo, proto<<32 | sport<<16 | dport
+
+
+@njit(cache=True, nogil=True, forceinline=True)
+def _symmetric_hash(src_hi, src_lo, dst_hi, dst_lo, proto, sport, dport):
+    """Return a hash that both directions of a flow share; any fair mix does, it is never stored."""
+    mixed = (src_lo + dst_lo) ^ ((src_hi + dst_hi) * np.uint64(0x9E3779B97F4A7C15))
+    mixed ^= (np.uint64(sport) + np.uint64(dport)) * np.uint64(0xC2B2AE3D27D4EB4F) + (src_lo ^ dst_lo)
+    mixed = (mixed ^ np.uint64(proto)) * np.uint64(0xFF51AFD7ED558CCD)
+    return mixed ^ (mixed >> np.uint64(32))
+
+
+@njit(cache=True, nogil=True)
+def _assign(headers, first, last, slots, keys, n_flows, flow, flow_dir):
+    """Give rows `first` to `last` their flow; return (next row, number of flows): short of `last` when full."""
+    mask = np.uint64(len(slots) - 1)
+    for row in range(first, last):
+        sport, dport, proto = headers.sport[row], headers.dport[row], headers.proto[row]
+        # Without ports there is no flow, except for a tunnel that has none (GRE, IP in IP).
+        if headers.fragment[row] == 2 or (sport == 0 and dport == 0 and headers.tunnel[row] < 3):
+            flow[row], flow_dir[row] = -1, -1
+            continue
+        src_hi, src_lo = headers.src_hi[row], headers.src_lo[row]
+        dst_hi, dst_lo = headers.dst_hi[row], headers.dst_lo[row]
+        upper = np.uint64(proto) << np.uint64(32)
+        ports = upper | (np.uint64(sport) << np.uint64(16)) | np.uint64(dport)
+        swapped = upper | (np.uint64(dport) << np.uint64(16)) | np.uint64(sport)
+        slot = _symmetric_hash(src_hi, src_lo, dst_hi, dst_lo, proto, sport, dport) & mask
+        while True:
+            found = slots[slot]
+            if found < 0:
+                if n_flows >= len(keys):
+                    return row, n_flows
+                slots[slot] = n_flows
+                keys[n_flows, 0], keys[n_flows, 1] = src_hi, src_lo
+                keys[n_flows, 2], keys[n_flows, 3], keys[n_flows, 4] = dst_hi, dst_lo, ports
+                flow[row], flow_dir[row] = n_flows, 0
+                n_flows += 1
+                break
+            key = keys[found]
+            if key[4] == ports and key[1] == src_lo and key[3] == dst_lo and key[0] == src_hi and key[2] == dst_hi:
+                flow[row], flow_dir[row] = found, 0
+                break
+            if key[4] == swapped and key[1] == dst_lo and key[3] == src_lo and key[0] == dst_hi and key[2] == src_hi:
+                flow[row], flow_dir[row] = found, 1
+                break
+            slot = (slot + np.uint64(1)) & mask
+    return last, n_flows
+
+
+@njit(cache=True, nogil=True)
+def _rehash(keys, n_flows, slots):
+    mask = np.uint64(len(slots) - 1)
+    for number in range(n_flows):
+        key = keys[number]
+        proto, sport = key[4] >> np.uint64(32), (key[4] >> np.uint64(16)) & np.uint64(0xFFFF)
+        slot = _symmetric_hash(key[0], key[1], key[2], key[3], proto, sport, key[4] & np.uint64(0xFFFF)) & mask
+        while slots[slot] >= 0:
+            slot = (slot + np.uint64(1)) & mask
+        slots[slot] = number
+
+
+class FlowTable:
+    """Dense ids of unordered 5-tuples (outer headers), in order of first appearance; grows as flows come."""
+
+    def __init__(self) -> None:
+        self._keys = np.zeros((1024, _KEY_WORDS), np.uint64)
+        self._slots = np.full(4096, -1, np.int32)
+        self.n = 0
+
+    def assign(self, headers: HeaderColumns, first: int, last: int, flow: np.ndarray, flow_dir: np.ndarray) -> None:
+        """Write the flow id and direction (0 as first seen, 1 reverse, -1 none) of rows `first` to `last`."""
+        while first < last:
+            first, self.n = _assign(headers, first, last, self._slots, self._keys, self.n, flow, flow_dir)
+            if first < last:
+                self._keys = np.concatenate((self._keys, np.zeros_like(self._keys)))
+                self._slots = np.full(len(self._slots) * 2, -1, np.int32)
+                _rehash(self._keys, self.n, self._slots)
