@@ -1,0 +1,542 @@
+"""Changing settings so that they are put back whatever happens: journal, watchdog, restore.
+
+A transaction writes what it is about to touch to a journal file and fsyncs it *before* the first write. The end of the ``with``
+block restores; if this process dies first, a watchdog process does; if that dies too, the next transaction or ``rxlab restore``.
+
+The journal is one file per transaction of JSON lines, only appended to. Its lock (flock) is shared with the watchdog, so a
+journal whose lock is free belongs to nobody and may be undone, and one whose lock is held is never touched. Records:
+``header``, ``claim`` (what it reserves: "host" or "testbed NAME"), ``change`` (snapshot), ``applied`` (values read back),
+``restored``, ``namespace``, ``link``, ``process``, ``closed``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rxlab.errors import HostSettingError
+from rxlab.host.access import HostAccess, netns_path
+from rxlab.host.guard import check_allowed
+from rxlab.host.settings import Setting, collateral, parse_settings
+from rxlab.host.undo import (
+    TAG,
+    AccessCache,
+    RestoreReport,
+    process_start,
+    remove_namespaces,
+    restore_change,
+    stop_processes,
+)
+
+JOURNAL_DIR = Path("/var/lib/rxlab")
+SUFFIX = ".journal"
+WATCHDOG_LOG = "watchdog.log"
+RESTORE_COMMAND = "Run 'rxlab restore'."
+
+
+def default_journal_dir() -> Path:
+    """Return where journals are: /var/lib/rxlab for root, the user's state directory for others."""
+    if os.geteuid() == 0:
+        return JOURNAL_DIR
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "rxlab"
+
+
+class Transaction:
+    """An open journal with its watchdog; :func:`apply` makes one.
+
+    Attributes
+    ----------
+    id : str
+    asked, got : dict
+        Values by label: wanted, and read back. Differences exist only with ``inexact="record"``.
+    report : RestoreReport
+        What restoring did, filled as changes end.
+    """
+
+    def __init__(self, folder: Path, *, testbed: str | None, open_access: Callable[[str | None], HostAccess]) -> None:
+        self.id = secrets.token_hex(8)
+        self.asked: dict[str, str] = {}
+        self.got: dict[str, str] = {}
+        self.report = RestoreReport()
+        self.allow_system_changes = self.yes_this_nic = False
+        self._folder, self._testbed, self._access_of = folder, testbed, AccessCache(open_access)
+        self._namespaces: list[str] = []
+        self._links: list[str] = []
+        self._processes: list[tuple[int, int]] = []
+        self._children: list[subprocess.Popen[Any]] = []
+        self._n_changes = 0
+        self._watchdog: subprocess.Popen[bytes] | None = None
+        root = str(self._access_of(None).root)
+        with _folder_lock(folder):
+            self._path = folder / (self.id + SUFFIX)
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+            owner = {"pid": os.getpid(), "start": process_start(os.getpid()), "command": sys.argv}
+            self._append({"kind": "header", "id": self.id, "boot_id": _boot_id(), "root": root, **owner})
+            _fsync_folder(folder)
+            try:
+                if testbed is not None:
+                    self._claim(f"testbed {testbed}")
+            except BaseException:
+                self._drop()
+                raise
+        try:
+            self._start_watchdog()
+        except BaseException:
+            self._drop()
+            raise
+
+    # -- settings
+
+    @contextmanager
+    def change(self, settings: Iterable[Setting], *, inexact: str = "error") -> Iterator[Transaction]:
+        """Set these settings inside the ``with`` block and put the exact snapshot back after it.
+
+        Parameters
+        ----------
+        settings : iterable of Setting
+            As :func:`rxlab.host.settings.parse_settings` returns them.
+        inexact : {"error", "record"}
+            What to do when the host took another value than the one written.
+
+        Raises
+        ------
+        HostSettingError
+            Not allowed here, in use by another run, refused or rounded by the host, or not restored.
+        """
+        chosen = sorted(settings, key=lambda setting: setting.rank)
+        if not chosen:
+            yield self
+            return
+        foreign = [setting for setting in chosen if setting.netns is None or setting.netns not in self._namespaces]
+        check_allowed(foreign, self.allow_system_changes, self.yes_this_nic, self._access_of(None))
+        if foreign:
+            with _folder_lock(self._folder):
+                self._claim("host")
+        record = self._snapshot(chosen)
+        self._append(record)
+        got: dict[str, str] | None = None
+        try:
+            for setting in chosen:
+                setting.write(self._access_of(setting.netns), setting.encode(setting.wanted or ""))
+            got = self._read_back(chosen, exact=inexact == "error")
+            self._append({"kind": "applied", "change": record["change"], "got": got})
+            yield self
+        finally:
+            self._restore(record, got)
+
+    def _snapshot(self, chosen: list[Setting]) -> dict[str, Any]:
+        self._n_changes += 1
+        remembered = [*chosen, *collateral(chosen, self._access_of)]
+        fields = []
+        for setting in remembered:
+            try:
+                before: str | None = setting.read(self._access_of(setting.netns))
+            except HostSettingError:
+                # A queue that the same change is about to create.
+                if not any(other.rank == 0 for other in chosen):
+                    raise
+                before = None
+            fields.append({**setting.to_json(), "before": before})
+        return {"kind": "change", "change": self._n_changes, "settings": fields}
+
+    def _read_back(self, chosen: list[Setting], *, exact: bool) -> dict[str, str]:
+        got = {}
+        for setting in chosen:
+            value = setting.canonical(setting.read(self._access_of(setting.netns)))
+            if exact and value != setting.wanted:
+                raise HostSettingError(
+                    "the host took another value",
+                    where=setting.label,
+                    found=value,
+                    expected=str(setting.wanted),
+                    do="Ask for a value it takes, or accept what it makes of it (inexact='record').",
+                )
+            got[setting.label] = value
+            self.asked[setting.label] = str(setting.wanted)
+        self.got.update(got)
+        return got
+
+    def _restore(self, record: dict[str, Any], got: dict[str, str] | None) -> None:
+        with _no_interrupt():
+            report = RestoreReport()
+            restore_change(record, got, self._access_of, report)
+            _merge(self.report, report)
+            if report.ok:
+                self._append({"kind": "restored", "change": record["change"]})
+                return
+        raise HostSettingError("not everything could be restored", found="; ".join(report.failed), do=RESTORE_COMMAND)
+
+    # -- what a testbed makes
+
+    def register_namespace(self, name: str) -> None:
+        """Remember a network namespace, *before* it is made; settings inside it need no permission.
+
+        Raises
+        ------
+        HostSettingError
+            There is one of that name, which is then somebody else's.
+        """
+        if netns_path(name).exists():
+            raise HostSettingError("network namespace exists already", where=name, do="Choose another testbed name.")
+        self._namespaces.append(name)
+        self._append({"kind": "namespace", "name": name})
+
+    def register_link(self, name: str) -> None:
+        """Remember a link in this network namespace, *before* it is made."""
+        if self._access_of(None).exists(f"sys/class/net/{name}"):
+            raise HostSettingError("interface exists already", where=name, do="Choose another testbed name.")
+        self._links.append(name)
+        self._append({"kind": "link", "name": name})
+
+    def register_process(self, pid: int) -> None:
+        """Remember a helper process, to be stopped when the transaction ends or its owner dies."""
+        start = process_start(pid)
+        if start is not None:
+            self._processes.append((pid, start))
+            self._append({"kind": "process", "pid": pid, "start": start})
+
+    def environment(self) -> dict[str, str]:
+        """Return the environment helpers are to be started with: it marks them and what they start as ours."""
+        return {**os.environ, TAG: self.id}
+
+    def start_process(self, argv: list[str], **options: Any) -> subprocess.Popen[Any]:
+        """Start a helper (``subprocess.Popen`` options) that does not outlive the transaction, killed or not."""
+        options["env"] = {**(options.get("env") or os.environ), TAG: self.id}
+        process = subprocess.Popen(argv, **options)
+        self._children.append(process)
+        self.register_process(process.pid)
+        return process
+
+    def leave_namespaces(self) -> None:
+        """Let go of namespaces the caller is about to remove itself: their links stay while a thread is inside."""
+        self._access_of.close()
+
+    # -- end
+
+    def close(self) -> None:
+        """Stop helpers, remove namespaces, drop the journal and dismiss the watchdog."""
+        with _no_interrupt():
+            self._access_of.close()
+            report = RestoreReport()
+            report.processes = stop_processes(self._processes, None, ())
+            for child in self._children:
+                child.poll()
+            remove_namespaces(self._namespaces, self._links, report)
+            _merge(self.report, report)
+            if self.report.ok:
+                self._append({"kind": "closed"})
+                self._path.unlink(missing_ok=True)
+            self._dismiss_watchdog()
+            os.close(self._file)
+        if report.failed:
+            raise HostSettingError("the testbed is not gone", found="; ".join(report.failed), do=RESTORE_COMMAND)
+
+    # -- journal file and watchdog
+
+    def _append(self, record: dict[str, Any]) -> None:
+        os.write(self._file, json.dumps(record).encode() + b"\n")
+        os.fsync(self._file)
+
+    def _claim(self, what: str) -> None:
+        """Reserve the host's settings or a testbed; the folder's lock is held."""
+        for path in sorted(self._folder.glob("*" + SUFFIX)):
+            if path == self._path:
+                continue
+            with _open_journal(path) as (records, is_free):
+                claims = {record["what"] for record in records if record["kind"] == "claim"}
+                if is_free:
+                    report = undo(records, path)
+                    _merge(self.report, report)
+                    if what in claims and not report.ok:
+                        raise HostSettingError(
+                            "an earlier run could not be restored", where=str(path), found="; ".join(report.failed)
+                        )
+                elif what in claims:
+                    raise HostSettingError(
+                        f"in use by another run ({what})",
+                        where=str(path),
+                        found=f"process {records[0]['pid']}: {' '.join(records[0]['command'])}",
+                        do="Wait for it to end.",
+                    )
+        self._append({"kind": "claim", "what": what})
+
+    def _start_watchdog(self) -> None:
+        package = Path(__file__).parents[2]
+        path = os.pathsep.join(filter(None, (str(package), os.environ.get("PYTHONPATH"))))
+        self._watchdog = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "rxlab.host.journal",
+                "watchdog",
+                str(self._path),
+                str(os.getpid()),
+                str(self._file),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            pass_fds=(self._file,),
+            start_new_session=True,
+            cwd="/",
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        assert self._watchdog.stdout is not None
+        if self._watchdog.stdout.readline() != b"ready\n":
+            raise HostSettingError("the watchdog did not start", where=str(self._path), do="Run 'rxlab doctor'.")
+
+    def _dismiss_watchdog(self) -> None:
+        if self._watchdog is None:
+            return
+        try:
+            self._watchdog.communicate(b"done\n", timeout=10)
+        except (BrokenPipeError, subprocess.TimeoutExpired):
+            self._watchdog.kill()
+            self._watchdog.wait()
+
+    def _drop(self) -> None:
+        self._path.unlink(missing_ok=True)
+        self._dismiss_watchdog()
+        os.close(self._file)
+
+
+@contextmanager
+def apply(
+    settings: Iterable[Setting] | Mapping[str, object] = (),
+    *,
+    iface: str | None = None,
+    netns: str | None = None,
+    allow_system_changes: bool = False,
+    yes_this_nic: bool = False,
+    inexact: str = "error",
+    testbed: str | None = None,
+    journal_dir: Path | None = None,
+    open_access: Callable[[str | None], HostAccess] = HostAccess,
+) -> Iterator[Transaction]:
+    """Change host settings inside a ``with`` block; afterwards, or when this process dies, the host is as before.
+
+    Parameters
+    ----------
+    settings : list of Setting, or mapping
+        ``{"rps_cpus": "0,1"}`` is parsed for `iface` and `netns`.
+    allow_system_changes : bool
+        Permission to change anything outside the testbed's own namespaces.
+    yes_this_nic : bool
+        Permission to touch the interface of the default route or of the current ssh session.
+    inexact : {"error", "record"}
+        What to do when the host rounds or ignores a value.
+    testbed : str, optional
+        Name to reserve; two runs cannot use one testbed at the same time.
+    journal_dir : Path, optional
+        By default :func:`default_journal_dir`.
+    open_access : callable
+        How a network namespace is reached; tests give a made-up host.
+
+    Yields
+    ------
+    Transaction
+        For further changes (``change``) and for what a testbed makes (``register_namespace``, ``start_process``).
+    """
+    folder = Path(journal_dir) if journal_dir is not None else default_journal_dir()
+    if isinstance(settings, Mapping):
+        with open_access(netns) as access:
+            settings = parse_settings(settings, iface, netns, access=access)
+    transaction = Transaction(folder, testbed=testbed, open_access=open_access)
+    transaction.allow_system_changes, transaction.yes_this_nic = allow_system_changes, yes_this_nic
+    try:
+        with transaction.change(settings, inexact=inexact):
+            yield transaction
+    finally:
+        transaction.close()
+
+
+def restore(journal_dir: Path | None = None) -> RestoreReport:
+    """Undo what runs that are dead left behind; the work of ``rxlab restore``.
+
+    Runs that are alive are left alone, journals of an earlier boot are dropped (their settings went with the boot).
+
+    Returns
+    -------
+    RestoreReport
+        ``.lines()`` for people, ``.ok`` False when something could not be put back.
+    """
+    folder = Path(journal_dir) if journal_dir is not None else default_journal_dir()
+    report = RestoreReport()
+    if not folder.is_dir():
+        report.messages.append("nothing to restore")
+        return report
+    for path in sorted(folder.glob("*" + SUFFIX)):
+        deadline = time.monotonic() + 10
+        while True:
+            with _open_journal(path) as (records, is_free):
+                if is_free:
+                    _merge(report, undo(records, path))
+                    break
+                owner = records[0] if records else {"pid": 0, "start": 0}
+                if process_start(owner["pid"]) == owner["start"]:
+                    report.messages.append(f"{path.name}: process {owner['pid']} is running, left alone")
+                    break
+                if time.monotonic() > deadline:
+                    report.failed.append(f"{path}: its owner is dead but its lock is held")
+                    break
+            time.sleep(0.05)  # the watchdog is at it
+    log = folder / WATCHDOG_LOG
+    if log.exists():
+        report.messages += log.read_text().splitlines()
+        log.unlink()
+    if not report.lines():
+        report.messages.append("nothing to restore")
+    return report
+
+
+def undo(records: list[dict[str, Any]], path: Path) -> RestoreReport:
+    """Undo one journal whose owner is dead, and delete it when all is back. Its lock is held by the caller."""
+    report = RestoreReport()
+    if not records or any(record["kind"] == "closed" for record in records):
+        path.unlink(missing_ok=True)
+        return report
+    header = records[0]
+    if header["boot_id"] != _boot_id():
+        report.messages.append(f"{path.name}: from before the last boot, dropped")
+        path.unlink(missing_ok=True)
+        return report
+    root, namespaces = Path(header["root"]), _named(records, "namespace")
+    done = {record["change"] for record in records if record["kind"] == "restored"}
+    got = {record["change"]: record["got"] for record in records if record["kind"] == "applied"}
+    access_of = AccessCache(lambda netns: HostAccess(netns, root))
+    for record in reversed(records):
+        if record["kind"] == "change" and record["change"] not in done:
+            # Settings inside the testbed's namespaces go with them.
+            kept = [fields for fields in record["settings"] if fields["netns"] not in namespaces]
+            restore_change({"settings": kept}, got.get(record["change"]), access_of, report)
+    access_of.close()
+    processes = [(record["pid"], record["start"]) for record in records if record["kind"] == "process"]
+    for _ in range(2):  # a command of the dead owner may have made a namespace while the first round ran
+        report.processes += stop_processes(processes, header["id"], namespaces)
+        remove_namespaces(namespaces, _named(records, "link"), report)
+    if report.ok:
+        path.unlink(missing_ok=True)
+    return report
+
+
+def watch(path: Path, parent: int, journal: int) -> None:
+    """Wait until the parent says "done" or dies; in the second case undo its journal.
+
+    Parameters
+    ----------
+    journal : int
+        The journal's open file, shared with the parent and with it the lock.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    process = os.pidfd_open(parent) if os.getppid() == parent else None
+    print("ready", flush=True)
+    poll = select.poll()
+    poll.register(sys.stdin, select.POLLIN)
+    if process is not None:
+        poll.register(process, select.POLLIN)
+    while process is not None:
+        events = dict(poll.poll())
+        if sys.stdin.fileno() in events:
+            if os.read(sys.stdin.fileno(), 16):
+                return
+            poll.unregister(sys.stdin)  # closed without a word: only the parent's death counts
+        if process in events:
+            break
+    report = undo(_records(journal), path)
+    lines = [f"{path.name}: {line}" for line in (*report.foreign, *report.failed)]
+    if lines:
+        with open(path.with_name(WATCHDOG_LOG), "a") as log:
+            log.write("\n".join(lines) + "\n")
+
+
+def _records(journal: int) -> list[dict[str, Any]]:
+    """Return the records of an open journal; a last line cut short belongs to an action that never began."""
+    text = os.pread(journal, os.fstat(journal).st_size, 0).decode()
+    complete = text[: text.rfind("\n") + 1]
+    return [json.loads(line) for line in complete.splitlines()]
+
+
+def _named(records: list[dict[str, Any]], kind: str) -> list[str]:
+    return [record["name"] for record in records if record["kind"] == kind]
+
+
+@contextmanager
+def _open_journal(path: Path) -> Iterator[tuple[list[dict[str, Any]], bool]]:
+    """Open a journal file: its records, and whether nobody holds it (then this block holds it)."""
+    try:
+        journal = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield [], True
+        return
+    try:
+        try:
+            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_free = True
+        except BlockingIOError:
+            is_free = False
+        yield _records(journal), is_free
+    finally:
+        os.close(journal)
+
+
+@contextmanager
+def _folder_lock(folder: Path) -> Iterator[None]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise HostSettingError(
+            "no journal can be written, so nothing may be changed", where=str(folder), found=error.strerror
+        ) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _merge(into: RestoreReport, other: RestoreReport) -> None:
+    for name, values in vars(other).items():
+        getattr(into, name).extend(values)
+
+
+@contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Let a second Ctrl-C wait until the restore is done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["watchdog"] and len(sys.argv) == 5:
+        watch(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

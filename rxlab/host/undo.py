@@ -1,0 +1,257 @@
+"""Putting a host back: settings to their snapshot, helper processes stopped, namespaces of a testbed removed.
+
+Used at the end of a transaction, by its watchdog, and by ``rxlab restore``. Every function may be run again after having been
+killed halfway.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rxlab.errors import HostSettingError, RxlabError
+from rxlab.host.access import HostAccess, netns_path
+from rxlab.host.settings import Setting
+
+# In the environment of every process a transaction starts, and so of what those start.
+TAG = "RXLAB_TRANSACTION"
+
+# How long a helper may take to write out what it has after SIGTERM before it is killed.
+STOP_SECONDS = 1.5
+
+
+@dataclass
+class RestoreReport:
+    """What a restore did.
+
+    Attributes
+    ----------
+    restored : list of str
+        Labels of settings that were written back.
+    foreign : list of str
+        Settings that somebody else changed meanwhile: left as they are.
+    gone : list of str
+        Settings whose interface or namespace no longer exists.
+    failed : list of str
+        Settings and resources that could not be put back; the journal is kept.
+    processes, namespaces : list
+        What was stopped and removed.
+    messages : list of str
+        One line each, for people.
+    """
+
+    restored: list[str] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
+    gone: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    processes: list[int] = field(default_factory=list)
+    namespaces: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything that had to be put back is back."""
+        return not self.failed
+
+    def lines(self) -> list[str]:
+        """Return the report as lines of text."""
+        lines = list(self.messages)
+        lines += [f"changed meanwhile by somebody else, left alone: {text}" for text in self.foreign]
+        lines += [f"no longer there: {text}" for text in self.gone]
+        lines += [f"could not be restored: {text}" for text in self.failed]
+        if self.restored:
+            lines.append("restored: " + ", ".join(self.restored))
+        if self.processes:
+            lines.append("stopped processes: " + ", ".join(map(str, self.processes)))
+        if self.namespaces:
+            lines.append("removed namespaces: " + ", ".join(self.namespaces))
+        return lines
+
+
+class AccessCache:
+    """One :class:`HostAccess` per network namespace, opened when first asked for."""
+
+    def __init__(self, open_access: Callable[[str | None], HostAccess] = HostAccess) -> None:
+        self._open, self._opened = open_access, dict[str | None, HostAccess]()
+
+    def __call__(self, netns: str | None) -> HostAccess:
+        if netns not in self._opened:
+            self._opened[netns] = self._open(netns)
+        return self._opened[netns]
+
+    def close(self) -> None:
+        """Leave all namespaces."""
+        for access in self._opened.values():
+            access.close()
+        self._opened.clear()
+
+
+def restore_change(
+    change: Mapping[str, Any], got: Mapping[str, str] | None, access_of: AccessCache, report: RestoreReport
+) -> None:
+    """Put the settings of one change back to their snapshot and verify that they are.
+
+    Parameters
+    ----------
+    change : mapping
+        The journal's "change" record: each setting with its raw value ``before``, None where it did not exist.
+    got : mapping or None
+        Canonical values read back after the change, by label; None when the change was still being written, so that any
+        value may be ours.
+    """
+    todo: list[tuple[Setting, str]] = []
+    for fields in change["settings"]:
+        setting, before = Setting.from_json(fields), fields["before"]
+        if before is None:
+            continue
+        try:
+            now = setting.canonical(setting.read(access_of(setting.netns)))
+        except RxlabError as error:
+            report.gone.append(str(error))
+            continue
+        ours = got is None or setting.wanted is None or now == got.get(setting.label)
+        if now != setting.canonical(before) and not ours:
+            report.foreign.append(f"{setting.label} is {now}, we had set {got and got.get(setting.label)}")
+        else:
+            todo.append((setting, before))
+    # A write of low rank may reset settings of higher rank, so each is compared again when its turn comes.
+    for setting, before in sorted(todo, key=lambda item: item[0].rank):
+        try:
+            _write_back(setting, before, access_of(setting.netns), report)
+        except RxlabError as error:
+            report.failed.append(str(error))
+    for setting, before in todo:
+        try:
+            now = setting.canonical(setting.read(access_of(setting.netns)))
+        except RxlabError as error:
+            report.failed.append(str(error))
+            continue
+        if now != setting.canonical(before):
+            report.failed.append(f"{setting.label} is {now} and not {setting.canonical(before)}")
+
+
+def _write_back(setting: Setting, before: str, access: HostAccess, report: RestoreReport) -> None:
+    for attempt in range(4):
+        if setting.canonical(setting.read(access)) == setting.canonical(before):
+            return
+        try:
+            setting.write(access, before)
+        except HostSettingError as error:
+            # A driver in the middle of a reset says so and is ready a moment later.
+            if error.found != os.strerror(errno.EBUSY) or attempt == 3:
+                raise
+            time.sleep(0.05)
+            continue
+        report.restored.append(setting.label)
+        return
+
+
+def stop_processes(processes: Iterable[tuple[int, int]], tag: str | None, namespaces: Iterable[str]) -> list[int]:
+    """Stop processes: SIGTERM so that perf and tcpdump write out what they have, SIGKILL after :data:`STOP_SECONDS`.
+
+    Parameters
+    ----------
+    processes : iterable of (pid, start time)
+        Those that were registered; a pid that now belongs to another process is left alone.
+    tag : str or None
+        Value of :data:`TAG` in the environment of others to stop.
+    namespaces : iterable of str
+        Network namespaces whose processes are to stop.
+
+    Returns
+    -------
+    list of int
+        Pids that were stopped.
+    """
+    registered, names = set(processes), list(namespaces)
+    stopped: set[int] = set()
+    deadline, clean = time.monotonic() + STOP_SECONDS, 0
+    while True:
+        found = _running(registered, tag, names)
+        hard = time.monotonic() > deadline
+        for pid, start in found:
+            if pid not in stopped or hard:
+                _signal(pid, start, signal.SIGKILL if hard else signal.SIGTERM)
+            stopped.add(pid)
+        # Twice, because a process that was between fork and exec showed no tag yet.
+        clean = 0 if found else clean + 1
+        if clean == 2 or time.monotonic() > deadline + STOP_SECONDS:
+            return sorted(stopped)
+        time.sleep(0.02)
+
+
+def _running(registered: set[tuple[int, int]], tag: str | None, namespaces: list[str]) -> list[tuple[int, int]]:
+    inodes = set()
+    for name in namespaces:
+        try:
+            status = netns_path(name).stat()
+            inodes.add((status.st_dev, status.st_ino))
+        except OSError:
+            continue
+    needle = f"{TAG}={tag}".encode() if tag else None
+    found = []
+    candidates = [int(name) for name in os.listdir("/proc") if name.isdigit()] if needle or inodes else []
+    for pid in {*candidates, *(pid for pid, _ in registered)} - {os.getpid()}:
+        start = process_start(pid)
+        if start is not None and ((pid, start) in registered or _belongs(pid, needle, inodes)):
+            found.append((pid, start))
+    return found
+
+
+def _belongs(pid: int, needle: bytes | None, inodes: set[tuple[int, int]]) -> bool:
+    try:
+        if needle and needle in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            return True
+        if inodes:
+            status = os.stat(f"/proc/{pid}/ns/net")
+            return (status.st_dev, status.st_ino) in inodes
+    except OSError:
+        pass
+    return False
+
+
+def process_start(pid: int) -> int | None:
+    """Return a running process's start time in clock ticks since boot; None for one that is gone or a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def _signal(pid: int, start: int, number: signal.Signals) -> None:
+    try:
+        descriptor = os.pidfd_open(pid)
+    except OSError:
+        return
+    try:
+        if process_start(pid) == start:
+            signal.pidfd_send_signal(descriptor, number)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def remove_namespaces(names: Iterable[str], links: Iterable[str], report: RestoreReport) -> None:
+    """Delete network namespaces and links that a testbed made; those already gone are fine."""
+    for name in names:
+        if netns_path(name).exists():
+            _ip(["netns", "delete", name], report)
+            report.namespaces.append(name)
+    for link in links:
+        if Path("/sys/class/net", link).exists():
+            _ip(["link", "delete", link], report)
+
+
+def _ip(arguments: list[str], report: RestoreReport) -> None:
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        report.failed.append(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
