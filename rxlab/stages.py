@@ -34,8 +34,12 @@ class Stage:
 
 STAGES: tuple[Stage, ...] = (
     Stage("nic", "the NIC stamps the frame", "(hardware)", "driver, PHC", ()),
-    Stage("hardirq", "the queue's interrupt handler runs", "driver ISR", "kernel/irq/handle.c", ("irq:irq_handler_entry",)),
-    Stage("softirq_raise", "NAPI scheduled, NET_RX raised", "__napi_schedule", "net/core/dev.c", ("irq:softirq_raise",)),
+    Stage(
+        "hardirq", "the queue's interrupt handler runs", "driver ISR", "kernel/irq/handle.c", ("irq:irq_handler_entry",)
+    ),
+    Stage(
+        "softirq_raise", "NAPI scheduled, NET_RX raised", "__napi_schedule", "net/core/dev.c", ("irq:softirq_raise",)
+    ),
     Stage("softirq", "NET_RX softirq entered", "net_rx_action", "net/core/dev.c", ("irq:softirq_entry",)),
     Stage(
         "driver_rx",
@@ -65,10 +69,24 @@ STAGES: tuple[Stage, ...] = (
         "net/ipv4/tcp_input.c",
         ("tcp:tcp_probe",),
     ),
-    Stage("data_ready", "data queued, sk->sk_data_ready() called", "sock_def_readable", "net/core/sock.c", ("sock:sk_data_ready",)),
+    Stage(
+        "data_ready",
+        "data queued, sk->sk_data_ready() called",
+        "sock_def_readable",
+        "net/core/sock.c",
+        ("sock:sk_data_ready",),
+    ),
     Stage("waking", "the waitqueue wakes the reader", "try_to_wake_up", "kernel/sched/core.c", ("sched:sched_waking",)),
-    Stage("wakeup", "the reader is runnable on a run queue", "ttwu_do_activate", "kernel/sched/core.c", ("sched:sched_wakeup",)),
-    Stage("switch_in", "the scheduler runs the reader", "context_switch", "kernel/sched/core.c", ("sched:sched_switch",)),
+    Stage(
+        "wakeup",
+        "the reader is runnable on a run queue",
+        "ttwu_do_activate",
+        "kernel/sched/core.c",
+        ("sched:sched_wakeup",),
+    ),
+    Stage(
+        "switch_in", "the scheduler runs the reader", "context_switch", "kernel/sched/core.c", ("sched:sched_switch",)
+    ),
     Stage(
         "copy",
         "bytes copied to user memory",
