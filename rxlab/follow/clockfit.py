@@ -1,0 +1,121 @@
+"""Clock readings -> the map between CLOCK_REALTIME (pcap software stamps) and CLOCK_MONOTONIC (perf -k).
+
+REALTIME - MONOTONIC is constant while the kernel slews the clock (measured: +-5 ns over 7 s at +-100 ppm) and changes only at
+steps, so the map is one integer per segment; the packets are used only to verify it, never to estimate it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from rxlab.errors import ClockError
+from rxlab.read.columns import Columns
+
+# Two sandwiches differ by less than this unless the clock was stepped between them (repeatability measured: 5 ns; widths 40-50 ns).
+STEP_THRESHOLD_NS = 200
+
+# The quantiles a residual is reported by (docs/schema.md, /clocks).
+RESIDUAL_QUANTILES = (0.0, 0.01, 0.5, 0.99, 1.0)
+
+NAT = np.iinfo(np.int64).min
+
+
+@dataclass(frozen=True)
+class ClockMap:
+    """Piecewise constant map of CLOCK_REALTIME onto CLOCK_MONOTONIC.
+
+    Attributes
+    ----------
+    segments : Columns, dims (segment,)
+        ``start_real`` (int64 ns of CLOCK_REALTIME; the first is the smallest int64) and ``offset`` (CLOCK_REALTIME -
+        CLOCK_MONOTONIC, int64 ns).
+    uncertain : int64 array, dims (step, 2), nanoseconds of CLOCK_REALTIME
+        The intervals in which a step happened: the offset is unknown there.
+    bound_ns : int
+        Largest possible error of a converted stamp: half the narrowest sandwich plus the spread inside a segment.
+    residual : dict of float to float
+        Quantile -> pcap stamp minus the event it is taken at, in nanoseconds; filled once packets are matched.
+    stamp_position : str
+        Where the pcap stamp was taken: "bracket", "tap", "nic" or "unknown" (alignment: not one place).
+    stamp_evidence : dict
+        Fractions behind `stamp_position`.
+    """
+
+    segments: Columns
+    uncertain: np.ndarray
+    bound_ns: int
+    residual: dict[float, float] = field(default_factory=dict)
+    stamp_position: str = "unknown"
+    stamp_evidence: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def offset_ns(self) -> int:
+        """The one constant of the run's CLOCK_REALTIME axis: the first segment's offset."""
+        return int(self.segments["offset"][0])
+
+    def to_monotonic(self, real_ns: np.ndarray) -> np.ndarray:
+        """Convert CLOCK_REALTIME ns to CLOCK_MONOTONIC ns; NaT (smallest int64) stays NaT."""
+        segment = np.searchsorted(self.segments["start_real"], real_ns, side="right") - 1
+        return np.where(real_ns == NAT, NAT, real_ns - self.segments["offset"][np.maximum(segment, 0)])
+
+    def to_realtime(self, monotonic_ns: np.ndarray) -> np.ndarray:
+        """Convert CLOCK_MONOTONIC ns to the CLOCK_REALTIME of the first segment's offset; NaT stays NaT.
+
+        One constant for the whole run, so that durations on the result are exact across a step.
+        """
+        return np.where(monotonic_ns == NAT, NAT, monotonic_ns + self.offset_ns)
+
+    def inside_step(self, real_ns: np.ndarray) -> np.ndarray:
+        """Tell for each CLOCK_REALTIME stamp whether it lies in an interval in which the clock was stepped."""
+        flagged = np.zeros(len(real_ns), bool)
+        for low, high in self.uncertain:
+            flagged |= (real_ns >= low) & (real_ns <= high)
+        return flagged
+
+
+def fit_constant(readings: list[dict[str, int]], *, where: str = "clock.json") -> ClockMap:
+    """Fit one offset per segment to CLOCK_MONOTONIC / CLOCK_REALTIME / CLOCK_MONOTONIC sandwiches.
+
+    Parameters
+    ----------
+    readings : list of dict
+        Keys ``mono_before``, ``real``, ``mono_after``: int nanoseconds, in the order taken.
+    where : str
+        Named in errors.
+
+    Raises
+    ------
+    ClockError
+        There is no usable reading, or a sandwich runs backwards.
+    """
+    try:
+        before = np.array([reading["mono_before"] for reading in readings], np.int64)
+        real = np.array([reading["real"] for reading in readings], np.int64)
+        after = np.array([reading["mono_after"] for reading in readings], np.int64)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ClockError("clock reading is malformed", where=where, found=str(error)) from None
+    if not len(real):
+        raise ClockError("no clock readings", where=where, expected="at least one before and one after the capture")
+    width = after - before
+    if width.min() < 0:
+        raise ClockError("a clock sandwich runs backwards", where=where, found=f"{width.min()} ns wide")
+    offset = real - (before + width // 2)
+    # Wide sandwiches (the reader was preempted inside) say little: a step counts only beyond both half widths.
+    slack = STEP_THRESHOLD_NS + width[1:] // 2 + width[:-1] // 2
+    steps = np.flatnonzero(np.abs(np.diff(offset)) > slack)
+    edges = np.concatenate(([0], steps + 1, [len(real)]))
+    offsets = np.empty(len(edges) - 1, np.int64)
+    bound = 0
+    for index, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        narrow = low + int(np.argmin(width[low:high]))
+        offsets[index] = offset[narrow]
+        residual = offset[low:high] - offset[narrow]
+        trusted = width[low:high] <= 4 * max(int(width[narrow]), 25)
+        scatter = int(np.abs(residual[trusted]).max())
+        bound = max(bound, int(width[narrow]) // 2 + 1 + scatter)
+    starts = np.concatenate(([NAT], real[steps + 1])).astype(np.int64)
+    uncertain = np.stack([real[steps], real[steps + 1]], axis=1) if len(steps) else np.empty((0, 2), np.int64)
+    return ClockMap(Columns({"start_real": starts, "offset": offsets}), np.sort(uncertain, axis=1), bound)

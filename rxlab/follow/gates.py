@@ -1,0 +1,83 @@
+"""Gates that need no oracle: what a join must satisfy whatever the truth is, computed for every run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from rxlab.follow.clockfit import NAT
+from rxlab.follow.kernelpath import event_columns
+from rxlab.read.columns import Columns
+from rxlab.stages import ORDER, PATH_KINDS, STAGE_INDEX
+
+
+def blind_windows(events: Mapping[str, Columns]) -> np.ndarray:
+    """Find the windows in which perf delivered nothing on a CPU, without a LOST record.
+
+    On each CPU the task a ``sched_switch`` switches away from must be the one the previous switch chose; each break brackets a
+    window in which switches happened unseen (alignment.md 5.3).
+
+    Returns
+    -------
+    int64 array, dims (window, 3)
+        CPU, first and last instant in nanoseconds of CLOCK_MONOTONIC.
+    """
+    switch = event_columns(events, "sched:sched_switch")
+    if not switch.n:
+        return np.empty((0, 3), np.int64)
+    order = np.lexsort((switch["rank"], switch["cpu"]))
+    cpu, time = switch["cpu"][order], switch["time"][order]
+    broken = (cpu[1:] == cpu[:-1]) & (switch["prev_pid"][order][1:] != switch["next_pid"][order][:-1])
+    at = np.flatnonzero(broken)
+    return np.stack([cpu[at].astype(np.int64), time[at], time[at + 1]], axis=1)
+
+
+def inside_windows(time: np.ndarray, windows: np.ndarray, before_ns: int, after_ns: int) -> np.ndarray:
+    """Tell for each instant whether it lies in one of the windows, widened by `before_ns` and `after_ns`."""
+    if not len(windows):
+        return np.zeros(len(time), bool)
+    low, high = windows[:, -2] - before_ns, windows[:, -1] + after_ns
+    order = np.argsort(low)
+    low, high = low[order], np.maximum.accumulate(high[order])
+    at = np.searchsorted(low, time, side="right") - 1
+    return (at >= 0) & (high[np.maximum(at, 0)] >= time) & (time != NAT)
+
+
+def order_violations(time: np.ndarray, path_kind: np.ndarray) -> np.ndarray:
+    """Tell for each row whether one of its seen stages comes before an earlier one of its path kind's order.
+
+    Parameters
+    ----------
+    time : int64 array, dims (packet, stage), NaT where not seen
+    path_kind : int8 array, dims (packet,)
+    """
+    violated = np.zeros(len(time), bool)
+    for code, kind in enumerate(PATH_KINDS):
+        rows = np.flatnonzero(path_kind == code)
+        if not len(rows):
+            continue
+        latest = np.full(len(rows), NAT, np.int64)
+        # The hardware stamp has its own clock and bound; it is judged by clockfit, not here.
+        for name in ORDER[kind][1:]:
+            stamp = time[rows, STAGE_INDEX[name]]
+            violated[rows] |= (stamp != NAT) & (stamp < latest)
+            latest = np.maximum(latest, stamp)
+    return violated
+
+
+def byte_sums(
+    flow: np.ndarray, consumed_len: np.ndarray, is_tcp: np.ndarray, bytes_copied: dict[int, int]
+) -> dict[str, Any]:
+    """Compare per TCP flow the payload bytes of packets called consumed with the bytes the copy events moved."""
+    numbers, inverse = np.unique(flow[is_tcp], return_inverse=True)
+    sums = (
+        np.bincount(inverse, weights=consumed_len[is_tcp]).astype(np.int64) if len(numbers) else np.empty(0, np.int64)
+    )
+    rows = []
+    for number, wire in zip(numbers.tolist(), sums.tolist(), strict=True):
+        copied = bytes_copied.get(number, 0)
+        if wire or copied:
+            rows.append({"flow": number, "pcap": wire, "copied": copied, "equal": wire == copied})
+    return {"ok": all(row["equal"] for row in rows), "violations": sum(not row["equal"] for row in rows), "flows": rows}

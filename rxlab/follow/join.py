@@ -1,0 +1,577 @@
+"""Columns of a recording -> one row per received packet: every stage, the task that read it, and what became of it.
+
+The order is fixed: direction and flows, clock and stamp position, packets <-> skbs, the kernel's half (kernelpath.py), the
+reader's half (reader.py), gates (gates.py), a status for every row. Nothing is dropped: a packet that cannot be followed is a
+row that says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from rxlab.errors import MissingEventError
+from rxlab.follow import gates
+from rxlab.follow.asof import AsOf, pick
+from rxlab.follow.clockfit import NAT, RESIDUAL_QUANTILES, ClockMap
+from rxlab.follow.kernelpath import KernelPath, event_columns, follow_kernel
+from rxlab.follow.match import STALL_NS, TOLERANCE_NS, Matched, classify_stamp, match_packets
+from rxlab.follow.reader import Consumption, Wake, attribute, consume, unwrap_sequence
+from rxlab.read.columns import Columns
+from rxlab.stages import ATTRIBUTIONS, ORDER, PATH_KINDS, STAGE_INDEX, STAGE_NAMES, STATUSES, stages_without
+
+TCP, UDP = 6, 17
+_RX = STAGE_INDEX["netif_receive_skb"]
+# A blind window hides events a little before its first and after its last visible switch (measured: -2 / +0.2 ms).
+BLIND_BEFORE_NS, BLIND_AFTER_NS = 2_000_000, 200_000
+# Statuses that say "do not trust this row's times", as opposed to "this packet has no reader".
+FLAGGED = ("ambiguous", "negative", "blind", "lost", "incomplete", "unmatched", "outside_window")
+MAX_FLAGGED = 0.01
+
+
+@dataclass
+class Joined:
+    """One row per received packet.
+
+    Attributes
+    ----------
+    time : int64 array, dims (packet, stage), nanoseconds of CLOCK_MONOTONIC
+        NaT (smallest int64) where a stage was not seen.
+    cpu : int16 array, dims (packet, stage)
+        -1 where a stage was not seen.
+    packets : Columns, dims (packet,)
+        The per-packet variables of docs/schema.md, codes as in stages.py.
+    flows : Columns, dims (flow,)
+        One per direction of a 5-tuple; ``attrs["labels"]`` has their text.
+    coverage : Columns, dims (stage,)
+        ``expected``, ``matched`` and one count per status for the missing.
+    clock : ClockMap
+    gates : dict
+        Name -> ``{"ok", "violations", ...}``.
+    verdict : {"trusted", "degraded", "refused"}
+    reasons : list of str
+        Why the verdict is not "trusted".
+    """
+
+    time: np.ndarray
+    cpu: np.ndarray
+    packets: Columns
+    flows: Columns
+    coverage: Columns
+    clock: ClockMap
+    gates: dict[str, Any] = field(default_factory=dict)
+    verdict: str = "trusted"
+    reasons: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the join needs to know of the recording host, from run.json and host.json."""
+
+    iface: str
+    macs: frozenset[int] = frozenset()
+    addresses: frozenset[tuple[int, int]] = frozenset()
+    irqs: frozenset[int] = frozenset()
+
+
+def join(
+    events: Mapping[str, Columns],
+    packets: Columns,
+    clock: ClockMap,
+    machine: Machine,
+    *,
+    lost: int = 0,
+) -> Joined:
+    """Join kernel events and captured packets.
+
+    Parameters
+    ----------
+    events : mapping of str to Columns
+        Tracepoints on CLOCK_MONOTONIC (``perf record -k CLOCK_MONOTONIC``), as :func:`rxlab.read_perfdata` gives them.
+    packets : Columns
+        As :func:`rxlab.read_pcap` gives them, with software stamps (CLOCK_REALTIME).
+    clock : ClockMap
+    machine : Machine
+    lost : int
+        Events perf reported as lost.
+
+    Raises
+    ------
+    MissingEventError
+        ``net:netif_receive_skb`` was not recorded: no packet can be followed at all.
+    """
+    if "net:netif_receive_skb" not in events or not events["net:netif_receive_skb"].n:
+        raise MissingEventError(
+            "event net:netif_receive_skb has no samples, so no packet can be followed",
+            found=", ".join(sorted(name for name in events if events[name].n)) or "no events",
+            do="Record again with --events min, std or full.",
+        )
+    received, flows = _received(packets, machine)
+    path = follow_kernel(events, machine.iface, machine.irqs)
+    stamp = clock.to_monotonic(received["time"])
+    clock, matched = _match(path, received, stamp, clock)
+    skb = matched.event
+    position = _positions(received)
+    is_tcp, is_udp = received["proto"] == TCP, received["proto"] == UDP
+    payload = np.maximum(received["payload_len"].astype(np.int64), 0)
+    taken = consume(events, path, skb, received["directed_flow"], position, payload, is_tcp)
+    time, cpu, rank = (
+        np.where((skb >= 0)[:, None], table[np.maximum(skb, 0)], missing)
+        if len(table)
+        else _blank(len(skb), missing, dtype)
+        for table, missing, dtype in ((path.time, NAT, np.int64), (path.cpu, -1, np.int16), (path.rank, -1, np.int64))
+    )
+    reader = _Rows(time, cpu.astype(np.int16), rank)
+    tid, wake = _join_reader(reader, events, path, skb, taken)
+    rows = _columns(received, path, skb, tid, wake, taken, reader, events)
+    rows = rows.with_columns(position=position, is_data=(payload > 0) & (is_tcp | is_udp))
+    return _judge(reader, rows, events, path, matched, taken, clock, flows, stamp, lost)
+
+
+@dataclass
+class _Rows:
+    """Times, CPUs and ranks of the rows being built, dims (packet, stage)."""
+
+    time: np.ndarray
+    cpu: np.ndarray
+    rank: np.ndarray
+
+    def set_stage(self, stage: str, events: Columns, row: np.ndarray) -> None:
+        at = STAGE_INDEX[stage]
+        self.time[:, at] = pick(events["time"], row, NAT)
+        self.cpu[:, at] = pick(events["cpu"], row, -1)
+        self.rank[:, at] = pick(events["rank"], row, -1)
+
+
+def _blank(n: int, missing: int, dtype: type) -> np.ndarray:
+    return np.full((n, len(STAGE_NAMES)), missing, dtype)
+
+
+def _received(packets: Columns, machine: Machine) -> tuple[Columns, Columns]:
+    """Return the packets that came in, with a directed flow number, and the table of directed flows."""
+    rows = np.flatnonzero(is_received(packets, machine))
+    received = packets.take(rows)
+    key = np.where(received["flow"] >= 0, received["flow"].astype(np.int64) * 2 + received["flow_dir"], -1)
+    numbers, first, inverse = np.unique(key, return_index=True, return_inverse=True)
+    has_none = bool(len(numbers)) and numbers[0] < 0
+    received = received.with_columns(directed_flow=(inverse - has_none).astype(np.int32))
+    heads = received.take(first[1:] if has_none else first)
+    names = ("ip_version", "src_hi", "src_lo", "dst_hi", "dst_lo", "sport", "dport", "proto")
+    flows = Columns({name: heads[name] for name in names})
+    flows.attrs["labels"] = [flow_label(flows, row) for row in range(flows.n)]
+    return received, flows
+
+
+def flow_label(flows: Columns, row: int) -> str:
+    """Return a directed flow as text: ``10.0.0.1:5000>10.0.0.2:80 tcp``."""
+    import ipaddress
+
+    def end(side: str, port: str) -> str:
+        high, low = int(flows[f"{side}_hi"][row]), int(flows[f"{side}_lo"][row])
+        if int(flows["ip_version"][row]) == 6:
+            return f"[{ipaddress.IPv6Address(high << 64 | low)}]:{int(flows[port][row])}"
+        return f"{ipaddress.IPv4Address(low & 0xFFFFFFFF)}:{int(flows[port][row])}"
+
+    protocol = {TCP: "tcp", UDP: "udp"}.get(int(flows["proto"][row]), str(int(flows["proto"][row])))
+    return f"{end('src', 'sport')}>{end('dst', 'dport')} {protocol}"
+
+
+def is_received(packets: Columns, machine: Machine) -> np.ndarray:
+    """Tell for each packet whether it came in: by MAC address, else by IP address; all when neither is known.
+
+    A tap sees what the host sends as well; only received packets have a path to follow.
+    """
+    sent = np.zeros(packets.n, bool)
+    if machine.macs:
+        macs = np.array(sorted(machine.macs), np.uint64)
+        sent = np.isin(packets["src_mac"], macs) & (packets["src_mac"] > 0) & ~np.isin(packets["dst_mac"], macs)
+    elif machine.addresses:
+        hi = np.array([pair[0] for pair in machine.addresses], np.uint64)
+        lo = np.array([pair[1] for pair in machine.addresses], np.uint64)
+        local_src = ((packets["src_hi"][:, None] == hi) & (packets["src_lo"][:, None] == lo)).any(axis=1)
+        local_dst = ((packets["dst_hi"][:, None] == hi) & (packets["dst_lo"][:, None] == lo)).any(axis=1)
+        sent = local_src & ~local_dst
+    return ~sent
+
+
+def _positions(received: Columns) -> np.ndarray:
+    """Return the stream position of each packet's first byte: sequence numbers unwrapped per directed flow."""
+    position = np.zeros(received.n, np.int64)
+    flow = received["directed_flow"]
+    is_tcp = received["proto"] == TCP
+    order = np.flatnonzero(is_tcp & (flow >= 0))
+    order = order[np.argsort(flow[order], kind="stable")]
+    edges = np.flatnonzero(np.diff(flow[order], prepend=-2, append=-2))
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        rows = order[low:high]
+        # A SYN takes one sequence number before the first byte; resets and keep-alives are old or zero-length, and harmless.
+        position[rows] = unwrap_sequence(received["seq"][rows])
+    return position
+
+
+def _match(path: KernelPath, received: Columns, stamp: np.ndarray, clock: ClockMap) -> tuple[ClockMap, Matched]:
+    """Classify the stamp position and match packets to skbs in the windows that follow from it."""
+    columns = path.columns
+    rx_time, drv_time = path.time[:, _RX], path.time[:, STAGE_INDEX["driver_rx"]]
+    # netif_receive_skb sees the skb above its MAC header and without its VLAN tag, which libpcap puts back.
+    tag = np.where(received["vlan"] >= 0, 4, 0)
+    length = received["wire_len"].astype(np.int64) - 14 - tag
+    has_driver = drv_time != NAT
+    position, evidence = classify_stamp(
+        stamp, length, drv_time[has_driver], columns["len"][has_driver], rx_time, columns["len"]
+    )
+    if position == "bracket":
+        low = np.where(has_driver, columns["stamp_low"] - TOLERANCE_NS, rx_time - STALL_NS)
+        high = np.where(has_driver, columns["stamp_high"] + TOLERANCE_NS, rx_time + TOLERANCE_NS)
+        expected = np.where(has_driver, columns["stamp_low"], rx_time)
+    elif position == "tap":
+        low, high = rx_time - TOLERANCE_NS, _tap_limit(path) + TOLERANCE_NS
+        expected = rx_time
+    else:
+        low, high, expected = rx_time - STALL_NS, rx_time + TOLERANCE_NS, rx_time
+    matched = match_packets(stamp, length, low, high, columns["len"], expected)
+    found = matched.event >= 0
+    residual = stamp[found] - expected[matched.event[found]]
+    quantiles = {q: float(np.quantile(residual, q)) for q in RESIDUAL_QUANTILES} if found.any() else {}
+    return replace(clock, stamp_position=position, stamp_evidence=evidence, residual=quantiles), matched
+
+
+def _tap_limit(path: KernelPath) -> np.ndarray:
+    """Return until when a tap stamp of each skb can come: before the CPU's next skb, and before its own next stage."""
+    rx_time, cpu, rank = path.time[:, _RX], path.cpu[:, _RX], path.rank[:, _RX]
+    index = AsOf(rank, cpu)
+    following = index.first_after(rank, cpu)
+    limit = np.where(following >= 0, rx_time[np.maximum(following, 0)], rx_time + STALL_NS)
+    for stage in ("tcp_rcv", "data_ready"):
+        time = path.time[:, STAGE_INDEX[stage]]
+        limit = np.where(time != NAT, np.minimum(limit, time), limit)
+    return np.minimum(limit, rx_time + STALL_NS)
+
+
+def _join_reader(
+    rows: _Rows, events: Mapping[str, Columns], path: KernelPath, skb: np.ndarray, taken: Consumption
+) -> tuple[np.ndarray, Wake]:
+    """Fill the stages from the wake-up to the return of the receive call."""
+    copies, receives = taken.copies, taken.receives
+    rows.set_stage("copy", copies, taken.first_copy)
+    rows.set_stage("recvmsg", receives, taken.receive)
+    tid = pick(receives["tid"].astype(np.int64), taken.receive, -1)
+    copy_rank, recv_rank = rows.rank[:, STAGE_INDEX["copy"]], rows.rank[:, STAGE_INDEX["recvmsg"]]
+    consumed = np.where(copy_rank >= 0, copy_rank, recv_rank)
+    ready = STAGE_INDEX["data_ready"]
+    last = np.where(
+        rows.rank[:, ready] >= 0,
+        ready,
+        np.where(rows.rank[:, STAGE_INDEX["tcp_rcv"]] >= 0, STAGE_INDEX["tcp_rcv"], _RX),
+    )
+    every = np.arange(len(tid))
+    limit = np.where((rows.rank[:, ready] >= 0) & (skb >= 0), pick(path.columns["wake_limit"], skb, 0), 0)
+    wake = attribute(events, tid, rows.rank[every, last], rows.cpu[every, last].astype(np.int64), limit, consumed)
+    for stage, row in (("waking", wake.waking), ("wakeup", wake.wakeup), ("switch_in", wake.switch_in)):
+        name = "switch" if stage == "switch_in" else stage
+        rows.set_stage(stage, event_columns(events, f"sched:sched_{name}"), row)
+    return tid, wake
+
+
+def _columns(
+    received: Columns,
+    path: KernelPath,
+    skb: np.ndarray,
+    tid: np.ndarray,
+    wake: Wake,
+    taken: Consumption,
+    rows: _Rows,
+    events: Mapping[str, Columns],
+) -> Columns:
+    """Collect the per-packet variables."""
+    facts = path.columns
+    comm, comms = _comm_of(events, tid)
+    copy_cpu, recv_cpu = rows.cpu[:, STAGE_INDEX["copy"]], rows.cpu[:, STAGE_INDEX["recvmsg"]]
+    reader_cpu = np.where(copy_cpu >= 0, copy_cpu, recv_cpu)
+    gso = pick(facts["gso_size"], skb, 0)
+    payload = np.maximum(received["payload_len"].astype(np.int64), 0)
+    columns = Columns(
+        {
+            "flow": received["directed_flow"],
+            "direction": np.zeros(received.n, np.int8),
+            "wire_len": received["wire_len"].astype(np.int32),
+            "payload_len": received["payload_len"].astype(np.int32),
+            "seq": received["seq"],
+            "skb": pick(facts["skbaddr"], skb, 0),
+            "socket": pick(facts["socket"].astype(np.uint64), skb, 0),
+            "tid": tid.astype(np.int32),
+            "comm": comm,
+            "rx_queue": pick(facts["rx_queue"], skb, -1).astype(np.int16),
+            "rps_cpu": pick(facts["rps_cpu"].astype(np.int16), skb, -1),
+            "reader_cpu": reader_cpu.astype(np.int16),
+            "waker_cpu": rows.cpu[:, STAGE_INDEX["waking"]],
+            "gro_segments": np.where((gso > 0) & (payload > 0), -(-payload // np.maximum(gso, 1)), 1).astype(np.int16),
+            "skb_hash": pick(facts["hash"], skb, -1),
+            "pcap_time": received["time"],
+            "pcap_frame": received["frame"],
+            "path_kind": pick(facts["path_kind"].astype(np.int8), skb, 0),
+            "attribution": wake.attribution,
+            "proto": received["proto"],
+        }
+    )
+    columns.attrs["categories"] = {"comm": comms}
+    return columns
+
+
+def _comm_of(events: Mapping[str, Columns], tid: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Return a code into a list of task names for each tid, -1 where unknown; the name last seen wins (names change)."""
+    switch = event_columns(events, "sched:sched_switch")
+    wanted = np.unique(tid[tid >= 0])
+    names = {}
+    if switch.n:
+        last = AsOf(switch["rank"], switch["next_pid"].astype(np.int64))
+        row = last.last_before(np.full(len(wanted), np.iinfo(np.int64).max // 2), wanted)
+        for task, at in zip(wanted.tolist(), row.tolist(), strict=True):
+            if at >= 0:
+                names[task] = bytes(switch["next_comm"][at]).split(b"\0")[0].decode("utf-8", "replace")
+    labels = sorted(set(names.values()))
+    table = np.array([labels.index(names[task]) if task in names else -1 for task in wanted.tolist()], np.int32)
+    code = np.full(len(tid), -1, np.int32)
+    if len(wanted):
+        code[tid >= 0] = table[np.searchsorted(wanted, tid[tid >= 0])]
+    return code, labels
+
+
+def _judge(
+    rows: _Rows,
+    columns: Columns,
+    events: Mapping[str, Columns],
+    path: KernelPath,
+    matched: Matched,
+    taken: Consumption,
+    clock: ClockMap,
+    flows: Columns,
+    stamp: np.ndarray,
+    lost: int,
+) -> Joined:
+    """Give every row a status, count coverage, compute the gates and the verdict."""
+    required = required_stages(columns, rows.rank, path, matched.event, _recorded_stages(events))
+    status, drop_reason, reasons_table = _statuses(
+        rows, columns, events, path, matched, taken, clock, required, stamp, lost
+    )
+    time_order = ORDER_INDEX[columns["path_kind"]]
+    seen = np.take_along_axis(rows.time, time_order, axis=1) != NAT
+    t0 = np.where(seen.any(axis=1), time_order[np.arange(columns.n), seen.argmax(axis=1)], -1).astype(np.int8)
+    columns = columns.with_columns(status=status, drop_reason=drop_reason, t0_stage=t0)
+    columns.attrs["categories"]["drop_reason"] = reasons_table
+    joined = Joined(rows.time, rows.cpu, columns, flows, _coverage(required, rows.time, columns), clock)
+    _gate(joined, events, path, matched, taken, lost)
+    return joined
+
+
+ORDER_INDEX = np.array([[STAGE_INDEX[name] for name in ORDER[kind]] for kind in PATH_KINDS])
+
+
+def _recorded_stages(events: Mapping[str, Columns]) -> set[str]:
+    gone = stages_without({name for name in events if events[name].n})
+    return set(STAGE_NAMES) - set(gone) - {"nic"}
+
+
+def required_stages(
+    columns: Columns, rank: np.ndarray, path: KernelPath, skb: np.ndarray, recorded: set[str]
+) -> np.ndarray:
+    """Tell which stages each row must show, by path kind, protocol and attribution class.
+
+    Returns
+    -------
+    bool array, dims (packet, stage)
+    """
+    n = columns.n
+    is_data, is_tcp = columns["is_data"], columns["proto"] == TCP
+    attribution = columns["attribution"]
+    required = np.zeros((n, len(STAGE_NAMES)), bool)
+    merged, late = _merged_and_late(columns, rank, path, skb)
+    needs = {
+        "driver_rx": is_data,
+        "netif_receive_skb": np.ones(n, bool),
+        "tcp_rcv": is_data & is_tcp & ~merged,
+        # An out-of-order segment is queued without waking anybody; UDP always calls data_ready.
+        "data_ready": is_data & ~(is_tcp & (merged | late)),
+        "waking": is_data & (attribution == ATTRIBUTIONS.index("own_wake")),
+        "wakeup": is_data & (attribution == ATTRIBUTIONS.index("own_wake")),
+        "switch_in": is_data & np.isin(attribution, [ATTRIBUTIONS.index(a) for a in ("own_wake", "coalesced", "other_wake", "preempted")]),
+        "copy": is_data & is_tcp,
+        "recvmsg": is_data,
+    }  # fmt: skip
+    for stage, rows in needs.items():
+        if stage in recorded:
+            required[:, STAGE_INDEX[stage]] = rows
+    return required
+
+
+def _merged_and_late(
+    columns: Columns, rank: np.ndarray, path: KernelPath, skb: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tell which TCP packets lost their skb to an earlier one, and which arrived out of order.
+
+    The socket backlog merges a segment into the tail it finds there: only the first skb reaches tcp_rcv_established, and its
+    tcp_probe reports more bytes than its own packet had (alignment.md 2.1, "no tcp_probe").
+    """
+    flow, payload, position = columns["flow"], columns["payload_len"].astype(np.int64), columns["position"]
+    probe_len = pick(path.columns["probe_len"], skb, -1)
+    data = np.flatnonzero(columns["is_data"] & (columns["proto"] == TCP))
+    order = data[np.lexsort((data, flow[data]))]
+    merged, late = np.zeros(columns.n, bool), np.zeros(columns.n, bool)
+    if not len(order):
+        return merged, late
+    has_probe = probe_len[order] >= 0
+    # data_len is a 16-bit field: compare modulo 65,536.
+    grew = has_probe & (probe_len[order] != payload[order] % 65536)
+    head = np.maximum.accumulate(np.where(has_probe, np.arange(len(order)), -1))
+    same = (head >= 0) & (flow[order[np.maximum(head, 0)]] == flow[order])
+    merged[order] = ~has_probe & same & grew[np.maximum(head, 0)]
+    end = position[order] + payload[order]
+    edges = np.flatnonzero(np.diff(flow[order], prepend=-2, append=-2))
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        reached = np.maximum.accumulate(end[low:high])
+        late[order[low + 1 : high]] = position[order[low + 1 : high]] != reached[:-1]
+    return merged, late
+
+
+def _statuses(
+    rows: _Rows,
+    columns: Columns,
+    events: Mapping[str, Columns],
+    path: KernelPath,
+    matched: Matched,
+    taken: Consumption,
+    clock: ClockMap,
+    required: np.ndarray,
+    stamp: np.ndarray,
+    lost: int,
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Give every row the one status that says what became of it; causes that hide data come before those that explain it."""
+    code = {name: index for index, name in enumerate(STATUSES)}
+    status = np.full(columns.n, code["complete"], np.int8)
+    has_reader = rows.rank[:, STAGE_INDEX["recvmsg"]] >= 0
+    missing = (required & (rows.time == NAT)).any(axis=1)
+    reason, table = _drop_reasons(rows, columns, events, path, matched.event)
+    duplicate = _duplicates(columns, rows.rank[:, _RX], reason)
+    is_data = columns["is_data"]
+    status[missing] = code["incomplete"]
+    status[is_data & ~has_reader] = code["no_reader"]
+    status[is_data & ~has_reader & (reason > 0)] = code["dropped"]
+    status[is_data & duplicate] = code["duplicate"]
+    windows = gates.blind_windows(events)
+    blind = gates.inside_windows(stamp, windows, BLIND_BEFORE_NS, BLIND_AFTER_NS)
+    unfinished = missing & ~np.isin(status, (code["dropped"], code["duplicate"]))
+    status[unfinished & (lost > 0)] = code["lost"]
+    status[unfinished & blind] = code["blind"]
+    times = [event["time"] for event in events.values() if event.n]
+    first, last = min(int(time.min()) for time in times), max(int(time.max()) for time in times)
+    unmatched = matched.event < 0
+    status[unmatched] = code["unmatched"]
+    status[unmatched & (lost > 0)] = code["lost"]
+    status[unmatched & blind] = code["blind"]
+    status[unmatched & ((stamp < first) | (stamp > last))] = code["outside_window"]
+    status[~is_data & ~unmatched] = code["no_payload"]
+    ambiguous = matched.ambiguous | taken.anchors_disagree | clock.inside_step(columns["pcap_time"])
+    status[ambiguous & is_data & ~unmatched] = code["ambiguous"]
+    status[gates.order_violations(rows.time, columns["path_kind"])] = code["negative"]
+    return status, reason, table
+
+
+def _drop_reasons(
+    rows: _Rows, columns: Columns, events: Mapping[str, Columns], path: KernelPath, skb: np.ndarray
+) -> tuple[np.ndarray, list[str]]:
+    """Return the kernel's reason for packets freed by kfree_skb inside their life and never copied (0: none)."""
+    freed = event_columns(events, "skb:kfree_skb")
+    if not freed.n or "reason" not in freed:
+        return np.zeros(columns.n, np.int16), ["none"]
+    index = AsOf(freed["rank"], freed["skbaddr"].astype(np.uint64))
+    row = index.first_after(rows.rank[:, _RX], columns["skb"])
+    row = np.where(index.rank_of(row, np.iinfo(np.int64).max) < pick(path.columns["end_rank"], skb, 0), row, -1)
+    reason = np.where(rows.rank[:, STAGE_INDEX["copy"]] >= 0, 0, pick(freed["reason"].astype(np.int64), row, 0))
+    # Kernels number their reasons differently: what travels on is the name, as a code into this run's own table.
+    symbols = freed.attrs.get("symbols", {}).get("reason", {})
+    values, codes = np.unique(np.append(reason, 0), return_inverse=True)
+    table = ["none" if value == 0 else str(symbols.get(int(value), value)) for value in values]
+    return codes[:-1].astype(np.int16), table
+
+
+def _duplicates(columns: Columns, rx_rank: np.ndarray, drop_reason: np.ndarray) -> np.ndarray:
+    """Tell which TCP packets carry bytes that an earlier packet, not dropped, already brought."""
+    rows = np.flatnonzero(columns["is_data"] & (columns["proto"] == TCP) & (drop_reason == 0))
+    duplicate = np.zeros(columns.n, bool)
+    position, length, flow = columns["position"], columns["payload_len"].astype(np.int64), columns["flow"]
+    order = rows[np.lexsort((rows, position[rows], flow[rows]))]
+    if not len(order):
+        return duplicate
+    same = (flow[order][1:] == flow[order][:-1]) & (position[order][1:] == position[order][:-1])
+    # The first arrival owns the bytes; a later one with the same start is a copy of it unless it brings more.
+    covered = same & (length[order][1:] <= length[order][:-1])
+    duplicate[order[1:][covered]] = True
+    return duplicate
+
+
+def _coverage(required: np.ndarray, time: np.ndarray, columns: Columns) -> Columns:
+    """Count per stage: expected, seen, and why the rest is missing."""
+    seen = time != NAT
+    counts = {
+        "expected": required.sum(axis=0),
+        "matched": (required & seen).sum(axis=0),
+        "seen": seen.sum(axis=0),
+    }
+    for code, name in enumerate(STATUSES):
+        counts[name] = (required & ~seen & (columns["status"] == code)[:, None]).sum(axis=0)
+    return Columns({name: count.astype(np.int64) for name, count in counts.items()})
+
+
+def _gate(
+    joined: Joined, events: Mapping[str, Columns], path: KernelPath, matched: Matched, taken: Consumption, lost: int
+) -> None:
+    """Fill gates, verdict and reasons."""
+    columns = joined.packets
+    names = np.asarray(STATUSES)[columns["status"]]
+    is_data = columns["is_data"]
+    counted = is_data & ~np.isin(names, ("duplicate", "dropped"))
+    flagged = counted & np.isin(names, FLAGGED)
+    n = int(counted.sum())
+    windows = gates.blind_windows(events)
+    ports_wrong = _wrong_ports(joined, path, matched.event)
+    consumed = np.where(joined.time[:, STAGE_INDEX["recvmsg"]] != NAT, np.maximum(columns["payload_len"], 0), 0)
+    fraction = float(flagged.sum() / n) if n else 0.0
+    joined.gates = {
+        "order": _violations(int((names == "negative").sum())),
+        "ports": _violations(ports_wrong),
+        "anchors": _violations(int(taken.anchors_disagree.sum())),
+        "bytes": gates.byte_sums(columns["flow"], consumed, columns["proto"] == TCP, taken.bytes_copied),
+        "lost": {"ok": lost == 0, "violations": lost},
+        "blind": {"ok": True, "violations": len(windows), "window_ns": int((windows[:, 2] - windows[:, 1]).sum())},
+        "flagged": {"ok": fraction <= MAX_FLAGGED, "violations": int(flagged.sum()), "fraction": fraction},
+    }
+    if not n:
+        joined.verdict, joined.reasons = "refused", ["no received data packets"]
+        return
+    if joined.clock.stamp_position == "unknown" or (matched.event[is_data] >= 0).mean() < 0.5:
+        joined.verdict = "refused"
+        joined.reasons.append("fewer than half of the captured data packets were found in the kernel's events")
+        return
+    for name, gate in joined.gates.items():
+        if not gate["ok"]:
+            joined.verdict = "degraded"
+            joined.reasons.append(f"{name}: {gate['violations']} violations")
+
+
+def _violations(count: int) -> dict[str, Any]:
+    return {"ok": count == 0, "violations": count}
+
+
+def _wrong_ports(joined: Joined, path: KernelPath, skb: np.ndarray) -> int:
+    """Count TCP packets whose tcp_probe names other ports than the packet has; sport is the local socket's."""
+    flow = joined.packets["flow"]
+    local, peer = pick(path.columns["sport"], skb, -1), pick(path.columns["dport"], skb, -1)
+    seen = (local >= 0) & (flow >= 0) & (skb >= 0)
+    row = np.maximum(flow, 0)
+    if not joined.flows.n:
+        return 0
+    wrong = (joined.flows["dport"][row] != local) | (joined.flows["sport"][row] != peer)
+    return int((wrong & seen).sum())
