@@ -1,0 +1,475 @@
+"""perf, tcpdump, clocks and counters around a workload, or around live traffic: a run directory.
+
+Order: ``run.json`` says "running" first. Then host, counters and clocks, tcpdump, perf; traffic only when both are known to
+record. Afterwards tcpdump has taken every packet received for it and perf has acknowledged its end before either is stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rxlab import stages
+from rxlab.errors import CaptureError, RxlabError, UsageError
+from rxlab.host.clockread import ClockSampler, read_clocks
+from rxlab.host.counters import difference, read_counters
+from rxlab.host.journal import Transaction, apply
+from rxlab.host.topology import local_identity, snapshot_host
+from rxlab.record.pcaprecord import PcapRecorder
+from rxlab.record.perfrecord import DEFAULT_PAGES, PerfRecorder
+from rxlab.record.spinner import all_cpus, start_spinners, stop_spinners
+from rxlab.record.testbed import NETNS_FOLDER, Endpoint, Testbed
+from rxlab.record.workload import Command, Traffic, Workload, open_traffic
+from rxlab.rundir import (
+    ARMS,
+    CLOCK_JSON,
+    COUNTERS_JSON,
+    HOST_JSON,
+    PCAP,
+    PERF_DATA,
+    RUN_JSON,
+    RunDir,
+    open_rundir,
+    write_json,
+)
+
+# "none" is the recording side's other name of the untraced arm: no perf, no tcpdump, counters and logs only.
+ARM_OF = {"none": "untraced", **{arm: arm for arm in ARMS}}
+DEFAULT_SNAPLEN = 192
+DEFAULT_MIN_FREE = 256 << 20
+POLL_SECONDS = 0.1
+RESERVE = ".reserve"
+RESERVE_BYTES = 1 << 20
+IDLE_CHOICES = ("auto", "spin", "off")
+
+
+@dataclass(frozen=True)
+class Recording:
+    """How to record; :func:`capture` describes the fields."""
+
+    arm: str = "std"
+    capture_filter: str | None = None
+    snaplen: int = DEFAULT_SNAPLEN
+    cpus: str | None = None
+    pages: int = DEFAULT_PAGES
+    max_size: int | None = None
+    min_free: int = DEFAULT_MIN_FREE
+    idle: str = "auto"
+    idle_task_is_blind: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.arm not in ARMS:
+            raise UsageError(f"unknown event preset {self.arm!r}", expected=", ".join(ARM_OF))
+        if self.idle not in IDLE_CHOICES:
+            raise UsageError(f"unknown idle choice {self.idle!r}", expected=", ".join(IDLE_CHOICES))
+
+    @property
+    def has_pcap(self) -> bool:
+        """Tell whether tcpdump runs."""
+        return self.arm != "untraced"
+
+    @property
+    def events(self) -> tuple[str, ...]:
+        """Tracepoints of the arm; none for "untraced" and "pcap"."""
+        return stages.EVENT_PRESETS.get(self.arm, ())
+
+    @property
+    def spins(self) -> bool:
+        """Tell whether spinners run. Unknown counts as blind: a spinner costs less than events that are not there."""
+        return self.idle == "spin" or (self.idle == "auto" and self.idle_task_is_blind is not False)
+
+
+@dataclass
+class Session:
+    """What one capture holds while it runs."""
+
+    out: Path
+    run: dict[str, Any]
+    recording: Recording
+    dst: Endpoint
+    transaction: Transaction
+    pcap: PcapRecorder | None = None
+    perf: PerfRecorder | None = None
+    traffic: Traffic | None = None
+    stopped_early: list[str] = field(default_factory=list)
+
+    def problem(self, text: str) -> None:
+        """Note something that makes the run partial."""
+        self.run["problems"].append(text)
+
+    def save(self) -> None:
+        """Write run.json as it stands."""
+        write_json(self.out / RUN_JSON, self.run)
+
+
+def capture(
+    out: str | os.PathLike[str],
+    *,
+    iface: str | None = None,
+    netns: str | None = None,
+    testbed: Testbed | None = None,
+    workload: Workload | Command | None = None,
+    command: Sequence[str] | None = None,
+    duration: float | None = None,
+    attach: bool = False,
+    events: str = "std",
+    filter: str | None = None,
+    snaplen: int = DEFAULT_SNAPLEN,
+    cpus: str | None = None,
+    pages: int = DEFAULT_PAGES,
+    max_size: int | None = None,
+    min_free: int = DEFAULT_MIN_FREE,
+    idle: str = "auto",
+    idle_task_is_blind: bool | None = None,
+    configuration: Mapping[str, Any] | None = None,
+    transaction: Transaction | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> RunDir:
+    """Record one run.
+
+    Parameters
+    ----------
+    out : path
+        Directory to make; it must not hold a run yet.
+    iface, netns : str, optional
+        What to capture on; from `testbed` when that is given.
+    testbed : Testbed, optional
+        An open testbed.
+    workload, command
+        The traffic: built-in, or any command. Without either, live traffic is recorded for `duration` seconds.
+    duration : float, optional
+        Seconds to record at most.
+    attach : bool
+        Live traffic only; nothing is sent.
+    events : {"std", "min", "full", "pcap", "none"}
+        Tracepoint preset; "pcap" runs tcpdump alone, "none" neither (the untraced arm).
+    filter : str, optional
+        BPF filter for tcpdump.
+    cpus : str, optional
+        CPU list for perf.
+    pages : int
+        perf ring buffer pages per CPU.
+    max_size, min_free : int
+        Bytes: the capture ends early, as partial, when the run grows above `max_size` or the disk has less than `min_free` left.
+    idle : {"auto", "spin", "off"}
+        Spinners (record/spinner.py); "auto" runs them unless `idle_task_is_blind` is False (what doctor's check found).
+    configuration : mapping, optional
+        Settings in force, for the record.
+    transaction : Transaction, optional
+        Journal that helpers are registered with; one of its own when not given.
+    progress : callable, optional
+        Called with the seconds recorded so far.
+
+    Returns
+    -------
+    RunDir
+        Status "complete", or "partial" with the reasons in ``problems``.
+
+    Raises
+    ------
+    CaptureError
+        The capture could not start. The run directory then says "failed".
+    """
+    if events not in ARM_OF:
+        raise UsageError(f"unknown event preset {events!r}", expected=", ".join(ARM_OF))
+    recording = Recording(
+        ARM_OF[events], filter, snaplen, cpus, pages, max_size, min_free, idle, idle_task_is_blind
+    )  # fmt: skip
+    load = Command(command) if command else workload
+    if attach and load is not None:
+        raise UsageError("--attach records what is there: it takes no workload and no command")
+    if load is None and not duration:
+        raise UsageError("nothing to record", expected="a workload, a command, or a duration")
+    dst = testbed.dst if testbed is not None else endpoint_of(iface, netns)
+    folder = make_folder(Path(out))
+    run = first_record(recording, dst, testbed, load, configuration, duration)
+    with apply() if transaction is None else nullcontext(transaction) as journal:
+        session = Session(folder, run, recording, dst, journal)
+        session.save()
+        try:
+            record(session, testbed.src if testbed is not None else None, load, duration, progress)
+        except BaseException as error:
+            fail(session, error)
+            raise
+    return open_rundir(folder)
+
+
+def endpoint_of(iface: str | None, netns: str | None) -> Endpoint:
+    """Describe an interface of this machine, with its first address of each family."""
+    if iface is None:
+        raise UsageError("no interface to capture on", expected="--iface IF or --testbed")
+    name = Path(netns).name if netns else None
+    _, addresses = local_identity(iface, name)
+    if not addresses and not (Path("/sys/class/net") / iface).exists() and name is None:
+        raise CaptureError("no such interface", where=iface, do="'ip -br link' lists them.")
+    ipv4 = next((address for address in addresses if ":" not in address), None)
+    ipv6 = next((address for address in addresses if ":" in address and not address.startswith("fe80")), None)
+    return Endpoint(name, iface, ipv4, ipv6)
+
+
+def make_folder(out: Path) -> Path:
+    """Make the run directory, for its owner only; refuse one that holds a run."""
+    if (out / RUN_JSON).exists():
+        raise CaptureError("there is a run here already", where=str(out), do="Choose another -o, or remove it.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        out.chmod(0o700)
+        return out.resolve()
+    except OSError as error:
+        raise CaptureError("cannot make the run directory", where=str(out), found=str(error.strerror)) from None
+
+
+def first_record(
+    recording: Recording,
+    dst: Endpoint,
+    testbed: Testbed | None,
+    load: Workload | Command | None,
+    configuration: Mapping[str, Any] | None,
+    duration: float | None,
+) -> dict[str, Any]:
+    """Return run.json as it is before anything has happened."""
+    load = load.pinned() if isinstance(load, Workload) else load
+    macs, addresses = local_identity(dst.iface, dst.netns)
+    return {
+        "status": "running",
+        "problems": [],
+        "command": sys.argv,
+        "testbed": testbed.describe() if testbed is not None else None,
+        "iface": dst.iface,
+        "netns": str(NETNS_FOLDER / dst.netns) if dst.netns else None,
+        "local_macs": macs,
+        "local_addresses": addresses,
+        "arm": recording.arm,
+        "workload": load.describe() if load is not None else None,
+        "configuration": dict(configuration or {}),
+        "start_ns": time.time_ns(),
+        "stop_ns": None,
+        "perf": None,
+        "tcpdump": None,
+        "idle": {"asked": recording.idle, "spinners": recording.spins},
+        "asked": {
+            "events": recording.arm,
+            "filter": recording.capture_filter,
+            "snaplen": recording.snaplen,
+            "cpus": recording.cpus,
+            "pages": recording.pages,
+            "max_size": recording.max_size,
+            "min_free": recording.min_free,
+            "duration": duration,
+        },
+        "got": {},
+    }
+
+
+def record(
+    session: Session,
+    src: Endpoint | None,
+    load: Workload | Command | None,
+    duration: float | None,
+    progress: Callable[[float], None] | None,
+) -> None:
+    """Run the capture from the snapshot of the host to the final run.json."""
+    reserve_space(session.out)
+    dst, out = session.dst, session.out
+    write_json(out / HOST_JSON, snapshot_host(dst.iface, dst.netns))
+    with ExitStack() as stack:
+        if session.recording.spins:
+            spinners = start_spinners(all_cpus(), session.transaction.start_process)
+            stack.callback(stop_spinners, spinners)
+        with counted(session), clocked(session):
+            start_recorders(session)
+            session.run["start_ns"] = time.time_ns()
+            session.save()
+            interrupted: BaseException | None = None
+            try:
+                if load is not None:
+                    session.traffic = open_traffic(load, src, dst, out, session.transaction.start_process)
+                run_traffic(session, duration, progress)
+            except KeyboardInterrupt as error:
+                interrupted = error
+                session.stopped_early.append("interrupted")
+            finally:
+                session.run["stop_ns"] = time.time_ns()
+                stop_recorders(session)
+    conclude(session)
+    if interrupted is not None:
+        raise interrupted
+
+
+@contextmanager
+def counted(session: Session) -> Iterator[None]:
+    """Read the counters before and after."""
+    dst = session.dst
+    before = read_counters([dst.iface], dst.netns)
+    try:
+        yield
+    finally:
+        after = read_counters([dst.iface], dst.netns)
+        content = {"before": before, "after": after, "difference": difference(before, after)}
+        keep(session, COUNTERS_JSON, content)
+
+
+@contextmanager
+def clocked(session: Session) -> Iterator[None]:
+    """Read the clocks before, ten times a second during, and after."""
+    readings = [read_clocks("before")]
+    sampler = ClockSampler()
+    try:
+        with sampler:
+            yield
+    finally:
+        readings = [*readings, *sampler.readings, read_clocks("after")]
+        keep(session, CLOCK_JSON, {"readings": readings})
+
+
+def keep(session: Session, name: str, content: dict[str, Any]) -> None:
+    """Write one JSON file at the end of a run, into the space reserved for it when the disk is full."""
+    release_space(session.out)
+    try:
+        write_json(session.out / name, content)
+    except OSError as error:
+        session.problem(f"{name} not written: {error.strerror}")
+
+
+def start_recorders(session: Session) -> None:
+    """Start tcpdump and perf and return when both record."""
+    recording, start_process = session.recording, session.transaction.start_process
+    if recording.has_pcap:
+        session.pcap = PcapRecorder(
+            session.out / PCAP,
+            session.dst.iface,
+            session.dst.netns,
+            recording.capture_filter,
+            recording.snaplen,
+            start_process,
+        )
+        session.pcap.start()
+    if recording.events:
+        events = list(recording.events)
+        session.perf = PerfRecorder(
+            session.out / PERF_DATA, events, recording.pages, recording.cpus, start_process
+        )  # fmt: skip
+        session.perf.start()
+
+
+def run_traffic(session: Session, duration: float | None, progress: Callable[[float], None] | None) -> None:
+    """Let the traffic run until it ends, time is up, or a limit is reached."""
+    traffic = session.traffic
+    try:
+        if traffic is not None:
+            traffic.prepare()
+            traffic.go()
+        start = time.monotonic()
+        while True:
+            passed = time.monotonic() - start
+            if duration is not None and passed >= duration:
+                return
+            step = POLL_SECONDS if duration is None else min(POLL_SECONDS, duration - passed)
+            if traffic is not None:
+                if traffic.wait(step):
+                    return
+            else:
+                time.sleep(step)
+            if limit := limit_reached(session):
+                session.stopped_early.append(limit)
+                return
+            if progress is not None:
+                progress(time.monotonic() - start)
+    finally:
+        if traffic is not None:
+            session.run["got"]["workload"] = traffic.finish()
+
+
+def limit_reached(session: Session) -> str | None:
+    """Return why the capture has to end now, or None."""
+    recording = session.recording
+    for name, recorder in (("tcpdump", session.pcap), ("perf", session.perf)):
+        if recorder is not None and not recorder.is_alive():
+            return f"{name} ended by itself"
+    size = sum(entry.stat().st_size for entry in session.out.iterdir() if entry.is_file())
+    if recording.max_size is not None and size > recording.max_size:
+        return f"the run reached {size} bytes, --max-size is {recording.max_size}"
+    free = shutil.disk_usage(session.out).free
+    if free < recording.min_free:
+        return f"the disk has {free} bytes left, the limit is {recording.min_free}"
+    return None
+
+
+def stop_recorders(session: Session) -> None:
+    """Stop perf, then tcpdump, and note what each got."""
+    # tcpdump first takes what it has received: perf still records meanwhile, so no packet of the pcap lacks its events.
+    if session.pcap is not None:
+        session.pcap.drain()
+    if session.perf is not None and session.perf.process is not None:
+        session.run["perf"] = session.perf.stop()
+        session.run["problems"] += session.perf.problems
+    if session.pcap is not None and session.pcap.process is not None:
+        result = session.run["tcpdump"] = session.pcap.stop()
+        session.run["problems"] += pcap_problems(result)
+
+
+def pcap_problems(result: Mapping[str, Any]) -> list[str]:
+    """Say what is wrong with what tcpdump reports."""
+    problems = []
+    if result["exit_code"] != 0:
+        problems.append(f"tcpdump ended with status {result['exit_code']}: {result['stderr']}")
+    if result["dropped"]:
+        problems.append(f"tcpdump: {result['dropped']} packets dropped by the kernel")
+    fence = result["fence"]
+    # Live traffic goes on while tcpdump is stopped, so its last numbers may differ; what matters was taken at the fence.
+    if not fence or fence["captured"] < fence["received"]:
+        problems.append(f"tcpdump did not take every packet: {fence or 'it gave no numbers'}")
+    return problems
+
+
+def conclude(session: Session) -> None:
+    """Judge the run and write the final run.json."""
+    got = session.run["got"]
+    for reason in session.stopped_early:
+        session.problem(f"ended early: {reason}")
+    codes = got.get("workload", {})
+    for who in ("client", "server"):
+        if codes.get(f"{who}_exit_code") not in (0, None):
+            session.problem(f"the workload's {who} ended with status {codes[f'{who}_exit_code']}")
+    got["seconds"] = (session.run["stop_ns"] - session.run["start_ns"]) / 1e9
+    got["bytes"] = {entry.name: entry.stat().st_size for entry in sorted(session.out.iterdir()) if entry.is_file()}
+    notes = session.run["perf"]["lost"] if session.run["perf"] else None
+    if notes:
+        session.problem(f"perf lost {notes} events")
+    session.run["status"] = "partial" if session.run["problems"] else "complete"
+    keep(session, RUN_JSON, session.run)
+
+
+def fail(session: Session, error: BaseException) -> None:
+    """Stop what runs and mark the run as failed."""
+    for recorder in (session.perf, session.pcap):
+        if recorder is not None:
+            recorder.kill()
+    if session.run["status"] in ("partial", "complete"):
+        return
+    session.run["status"] = "failed"
+    session.problem(error.line() if isinstance(error, RxlabError) else repr(error))
+    keep(session, RUN_JSON, session.run)
+
+
+def reserve_space(out: Path) -> None:
+    """Set aside the space the final JSON files need, so that a full disk can still be recorded as one."""
+    descriptor = os.open(out / RESERVE, os.O_WRONLY | os.O_CREAT, 0o600)
+    try:
+        os.posix_fallocate(descriptor, 0, RESERVE_BYTES)
+    except OSError as error:
+        raise CaptureError("no space for a run", where=str(out), found=str(error.strerror)) from None
+    finally:
+        os.close(descriptor)
+
+
+def release_space(out: Path) -> None:
+    """Give back the reserved space."""
+    (out / RESERVE).unlink(missing_ok=True)

@@ -1,0 +1,184 @@
+"""tcpdump around a workload: known to run before it, known to have written every packet after it."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rxlab.errors import CaptureError
+from rxlab.record.testbed import in_netns
+
+START_TIMEOUT = 10.0
+STOP_TIMEOUT = 10.0
+FENCE_TIMEOUT = 2.0
+BUFFER_KIB = 16384
+
+# What tcpdump prints on SIGUSR1 and at its end. 4.99 prints one line per number at the end, and commas on SIGUSR1.
+CAPTURED = re.compile(r"(\d+) packets? captured")
+RECEIVED = re.compile(r"(\d+) packets? received by filter")
+DROPPED = re.compile(r"(\d+) packets? dropped by (?:kernel|interface)")
+
+
+@dataclass
+class PcapRecorder:
+    """One tcpdump process.
+
+    Parameters
+    ----------
+    path : Path
+        The file; its name must end in ``.pcap`` (Debian's AppArmor profile lets tcpdump write nothing else).
+    iface : str
+    netns : str or None
+        Namespace the interface lives in.
+    capture_filter : str or None
+        BPF filter expression.
+    snaplen : int
+        Bytes kept of each packet.
+    start_process : callable
+        ``subprocess.Popen`` or :meth:`rxlab.host.journal.Transaction.start_process`.
+    """
+
+    path: Path
+    iface: str
+    netns: str | None = None
+    capture_filter: str | None = None
+    snaplen: int = 192
+    start_process: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen
+    process: subprocess.Popen[bytes] | None = None
+    output: str = ""
+    fence: dict[str, int] = field(default_factory=dict)
+
+    def argv(self) -> list[str]:
+        """Return the command line."""
+        argv = ["tcpdump", "-i", self.iface, "-n", "-s", str(self.snaplen), "-w", str(self.path), "-B", str(BUFFER_KIB)]
+        # Without immediate mode packets wait in the ring's block: a SIGINT after a burst gave "0 captured, 200 received".
+        argv += ["--immediate-mode", "--time-stamp-precision=nano"]
+        # Root would become the user tcpdump, who cannot write into a directory of mode 0700.
+        argv += ["-Z", "root"] if os.geteuid() == 0 else []
+        return in_netns(self.netns, argv + ([self.capture_filter] if self.capture_filter else []))
+
+    def start(self) -> None:
+        """Start tcpdump and return when it captures."""
+        if shutil.which("tcpdump") is None:
+            raise CaptureError("tcpdump is not installed", do="Install it: apt install tcpdump; or run 'rxlab doctor'.")
+        self.process = self.start_process(
+            self.argv(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            umask=0o077,
+            start_new_session=True,
+        )
+        if not self._read_until(re.compile(r"listening on .*\n"), START_TIMEOUT):
+            self.kill()
+            raise CaptureError(
+                "tcpdump did not start",
+                where=self.iface,
+                found=last_message(self.output),
+                expected="'listening on ...'",
+                do="Run 'rxlab doctor'.",
+            )
+
+    def _read_until(self, pattern: re.Pattern[str], timeout: float, since: int = 0) -> bool:
+        """Read standard error until `pattern` appears behind position `since`; False when it ends or time is up."""
+        assert self.process is not None
+        assert self.process.stderr is not None
+        deadline = time.monotonic() + timeout
+        while pattern.search(self.output, since) is None:
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([self.process.stderr], [], [], left)[0]:
+                return False
+            content = os.read(self.process.stderr.fileno(), 4096)
+            if not content:
+                return False
+            self.output += content.decode(errors="replace")
+        return True
+
+    def is_alive(self) -> bool:
+        """Tell whether tcpdump still runs."""
+        return self.process is not None and self.process.poll() is None
+
+    def drain(self) -> None:
+        """Return when tcpdump has taken every packet the kernel received for it so far.
+
+        Asks tcpdump for its own numbers (SIGUSR1) until captured equals received. On an interface where traffic goes on they
+        may never be seen equal: then the numbers of a later question must have passed the first one's.
+        """
+        deadline = time.monotonic() + FENCE_TIMEOUT
+        goal: int | None = None
+        while self.is_alive() and time.monotonic() < deadline:
+            since = len(self.output)
+            assert self.process is not None
+            self.process.send_signal(signal.SIGUSR1)
+            if not self._read_until(DROPPED, FENCE_TIMEOUT, since):
+                return
+            captured, received = (int(pattern.findall(self.output[since:])[-1]) for pattern in (CAPTURED, RECEIVED))
+            goal = received if goal is None else goal
+            self.fence = {"captured": captured, "received": goal}
+            if captured >= goal:
+                return
+            time.sleep(0.005)
+
+    def stop(self) -> dict[str, Any]:
+        """End tcpdump and return the ``tcpdump`` object of run.json."""
+        assert self.process is not None
+        if self.is_alive():
+            self.drain()
+            self.process.send_signal(signal.SIGINT)
+        self._read_until(re.compile("(?!)"), STOP_TIMEOUT)  # to the end of standard error
+        self._reap()
+        final = self.output
+        numbers = {
+            name: (int(found[-1]) if (found := pattern.findall(final)) else None)
+            for name, pattern in (("captured", CAPTURED), ("received", RECEIVED), ("dropped", DROPPED))
+        }
+        return {
+            "version": tool_version("tcpdump"),
+            "argv": self.argv(),
+            "exit_code": self.process.returncode,
+            **numbers,
+            "fence": self.fence,
+            "stderr": last_message(final),
+        }
+
+    def _reap(self) -> None:
+        assert self.process is not None
+        try:
+            self.process.wait(STOP_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        if self.process.stderr is not None:
+            self.process.stderr.close()
+
+    def kill(self) -> None:
+        """End tcpdump at once."""
+        if self.process is not None:
+            if self.process.poll() is None:
+                self.process.kill()
+            self._reap()
+
+
+def last_message(output: str) -> str:
+    """Return the last line of a tool's output that is not empty."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return lines[-1] if lines else "no output"
+
+
+def tool_version(tool: str) -> str:
+    """Return the first line a tool prints for ``--version``."""
+    try:
+        finished = subprocess.run([tool, "--version"], capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    lines = (finished.stdout + finished.stderr).splitlines()
+    return lines[0].strip() if lines else ""

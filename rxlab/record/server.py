@@ -1,0 +1,154 @@
+"""The built-in server: one blocking reader process per flow, which logs each receive call: the ground truth of a run.
+
+Started by record/workload.py inside the captured namespace. Prints ``ready`` when it listens; ends by itself when every flow
+has ended, or when its standard input is closed. Writes app.log (:data:`rxlab.rundir.APP_LOG_STRUCT`), flow by flow, not sorted
+by time. ``proto`` is the IP protocol number, ``family`` the AF_ number, ``flags`` the MSG_ flags recvmsg returned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import socket
+import struct
+import sys
+import threading
+
+from rxlab.record.client import (
+    END_SEQ,
+    MESSAGE_HEADER,
+    MESSAGE_MAGIC,
+    Log,
+    collect,
+    fork_worker,
+    now,
+    settle,
+    write_log,
+)
+from rxlab.rundir import APP_LOG_STRUCT
+
+SO_TIMESTAMPNS = 35  # include/uapi/asm-generic/socket.h, SO_TIMESTAMPNS_OLD; SCM_TIMESTAMPNS is the same number
+TIMESPEC = struct.Struct("@ll")
+ANCILLARY_SIZE = socket.CMSG_SPACE(TIMESPEC.size)
+RECEIVE_SIZE = 1 << 16
+
+
+def scm_time_of(ancillary: list[tuple[int, int, bytes]]) -> int:
+    """Return SCM_TIMESTAMPNS in ns of CLOCK_REALTIME, or 0."""
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == SO_TIMESTAMPNS:
+            seconds, nanoseconds = TIMESPEC.unpack_from(content)
+            return int(seconds * 1_000_000_000 + nanoseconds)
+    return 0
+
+
+def open_sockets(options: argparse.Namespace) -> list[socket.socket]:
+    """Open what the flows read from: one listener for all TCP flows, or one socket per UDP flow."""
+    kind = socket.SOCK_STREAM if options.proto == "tcp" else socket.SOCK_DGRAM
+    family = socket.AF_INET6 if ":" in options.bind else socket.AF_INET
+    n_sockets = 1 if options.proto == "tcp" else options.flows
+    sockets = []
+    for index in range(n_sockets):
+        sock = socket.socket(family, kind)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if options.scm:
+            sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+        sock.bind((options.bind, options.port + index))
+        if options.proto == "tcp":
+            sock.listen(options.flows)
+        else:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+        sockets.append(sock)
+    return sockets
+
+
+def serve_stream(listener: socket.socket, options: argparse.Namespace, log: Log) -> None:
+    """Accept one connection and read it to its end, answering each whole message."""
+    sock, peer = listener.accept()
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    settle(options.cpu)
+    if options.scm:
+        sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+    size, reply = options.size, bytearray(options.reply_size)
+    buffer, tid = bytearray(RECEIVE_SIZE), threading.get_native_id()
+    constant = (peer[1], sock.getsockname()[1], socket.IPPROTO_TCP, int(sock.family))
+    position, flow = 0, -1
+    while True:
+        t0 = now()
+        if options.scm:
+            n_bytes, ancillary, flags, _ = sock.recvmsg_into([buffer], ANCILLARY_SIZE)
+        else:
+            n_bytes, ancillary, flags = sock.recv_into(buffer), [], 0
+        t1 = now()
+        begins = -position % size
+        seq, sent = -1, 0
+        if begins + MESSAGE_HEADER.size <= n_bytes:
+            _, flow, seq, sent = MESSAGE_HEADER.unpack_from(buffer, begins)
+        elif begins < n_bytes:  # a header cut by the end of the call: messages of a flow count from 0
+            seq = (position + begins) // size
+        log.append(t0, t1, seq, sent, scm_time_of(ancillary), tid, n_bytes, flow, *constant, flags & 0xFFFF)
+        if n_bytes == 0:
+            return
+        first, position = position // size, position + n_bytes
+        for number in range(first, position // size):
+            if reply:
+                MESSAGE_HEADER.pack_into(reply, 0, MESSAGE_MAGIC, flow, number, sent)
+                sock.sendall(reply)
+
+
+def serve_datagrams(sock: socket.socket, options: argparse.Namespace, log: Log) -> None:
+    """Read datagrams until the client says END, answering each."""
+    settle(options.cpu)
+    reply, buffer, tid = bytearray(options.reply_size), bytearray(RECEIVE_SIZE), threading.get_native_id()
+    constant = (sock.getsockname()[1], socket.IPPROTO_UDP, int(sock.family))
+    while True:
+        t0 = now()
+        n_bytes, ancillary, flags, peer = sock.recvmsg_into([buffer], ANCILLARY_SIZE)
+        t1 = now()
+        magic, flow, seq, sent = (
+            MESSAGE_HEADER.unpack_from(buffer) if n_bytes >= MESSAGE_HEADER.size else (0, -1, -1, 0)
+        )
+        log.append(t0, t1, seq, sent, scm_time_of(ancillary), tid, n_bytes, flow, peer[1], *constant, flags & 0xFFFF)
+        if magic == MESSAGE_MAGIC and seq == END_SEQ:
+            sock.sendto(buffer[:n_bytes], peer)
+            return
+        if reply:
+            MESSAGE_HEADER.pack_into(reply, 0, MESSAGE_MAGIC, flow, seq, sent)
+            sock.sendto(reply, peer)
+
+
+def start_reader(sock: socket.socket, options: argparse.Namespace) -> tuple[int, int]:
+    """Start the reader of one flow."""
+    log = Log(APP_LOG_STRUCT, options.capacity)
+    serve = serve_stream if options.proto == "tcp" else serve_datagrams
+    return fork_worker(lambda: serve(sock, options, log), log)
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="rxlab-server", description="Logging server of rxlab.")
+    parser.add_argument("bind", help="address to listen on")
+    parser.add_argument("port", type=int)
+    parser.add_argument("--proto", choices=("tcp", "udp"), default="tcp")
+    parser.add_argument("--flows", type=int, default=1)
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--reply-size", type=int, default=64)
+    parser.add_argument("--cpu", type=int)
+    parser.add_argument("--scm", action="store_true", help="log SCM_TIMESTAMPNS")
+    parser.add_argument("--capacity", type=int, default=1 << 16, help="records to make room for per flow")
+    parser.add_argument("--log", default="app.log")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the server."""
+    options = parse_arguments(arguments)
+    sockets = open_sockets(options)
+    readers = [start_reader(sockets[flow % len(sockets)], options) for flow in range(options.flows)]
+    print("ready", flush=True)
+    content, codes = collect(readers)
+    write_log(options.log, content)
+    return 1 if any(codes) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,471 @@
+"""Traffic for a capture: the built-in logged client and server, or any command; both behind one small interface.
+
+Everything synchronises by lines on pipes: a server prints ``ready`` when it listens, a client when it is connected, and the
+client sends nothing before the barrier opens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from rxlab.errors import CaptureError, UsageError
+from rxlab.record.testbed import Endpoint, in_netns
+from rxlab.rundir import APP_LOG, APP_LOG_STRUCT, CLIENT_LOG, MESSAGE_HEADER
+
+Starter = Callable[..., subprocess.Popen[bytes]]
+
+READY_TIMEOUT = 20.0
+END_TIMEOUT = 10.0
+COMMAND_LOG = "command.log"
+CLIENT_SCRIPT = Path(__file__).with_name("client.py")
+PACKAGE_PARENT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The built-in workload.
+
+    Attributes
+    ----------
+    proto : {"tcp", "udp"}
+    family : {4, 6}
+    mode : {"closed", "open"}
+        Closed loop: the next message after the last one's reply. Open loop: at times fixed beforehand.
+    messages : int or None
+        Per flow. None: as many as fit `duration`.
+    duration : float or None
+        Seconds.
+    size, reply_size : int
+        Bytes per message and per reply; 0 replies for one-way traffic (open loop only).
+    flows : int
+        Connections (TCP), or sockets on consecutive ports (UDP); a process per flow at both ends.
+    rate : float
+        Open loop: messages per second over all flows.
+    arrivals : {"poisson", "constant"}
+    client_cpu, server_cpu : int or None
+        Pinned CPU, None: not pinned, -1: first CPU for the client and last for the server.
+    scm : bool
+        Log SCM_TIMESTAMPNS. Switches the kernel's network timestamps on and so moves the pcap's software stamp to an earlier
+        point of the path, as ``tcpdump --time-stamp-precision=nano`` does anyway.
+    remote : str or None
+        ``ssh:HOST``: run the client there.
+    """
+
+    proto: str = "tcp"
+    family: int = 4
+    mode: str = "closed"
+    messages: int | None = 20_000
+    duration: float | None = None
+    size: int = 64
+    reply_size: int = 64
+    flows: int = 1
+    rate: float = 2000.0
+    arrivals: str = "poisson"
+    seed: int = 1
+    client_cpu: int | None = -1
+    server_cpu: int | None = -1
+    scm: bool = True
+    port: int = 47000
+    timeout: float = 1.0
+    remote: str | None = None
+
+    name = "builtin"
+
+    def __post_init__(self) -> None:
+        checks = {
+            "proto": self.proto in ("tcp", "udp"),
+            "family": self.family in (4, 6),
+            "mode": self.mode in ("closed", "open"),
+            "arrivals": self.arrivals in ("poisson", "constant"),
+            "flows": self.flows >= 1,
+            "size": self.size >= MESSAGE_HEADER.size,
+            "reply_size": self.reply_size >= MESSAGE_HEADER.size or (self.reply_size == 0 and self.mode == "open"),
+            "messages": (self.messages or 0) > 0 or (self.duration or 0) > 0,
+            "rate": self.rate > 0,
+            "remote": self.remote is None or self.remote.startswith("ssh:"),
+        }
+        for key, is_good in checks.items():
+            if not is_good:
+                raise UsageError(f"workload: {key} cannot be {getattr(self, key)!r}")
+
+    def describe(self) -> dict[str, Any]:
+        """Return the ``workload`` object of run.json."""
+        return {"name": self.name, **asdict(self)}
+
+    def pinned(self) -> Workload:
+        """Return the workload with -1 CPUs resolved on this machine."""
+        cpus = sorted(os.sched_getaffinity(0))
+        client = cpus[0] if self.client_cpu == -1 else self.client_cpu
+        return replace(
+            self,
+            client_cpu=None if self.remote and self.client_cpu == -1 else client,
+            server_cpu=cpus[-1] if self.server_cpu == -1 else self.server_cpu,
+        )
+
+    def server_argv(self, address: str, log: Path) -> list[str]:
+        """Return the server's command line."""
+        argv = [sys.executable, "-m", "rxlab.record.server", address, str(self.port), "--proto", self.proto]
+        argv += ["--flows", str(self.flows), "--size", str(self.size), "--reply-size", str(self.reply_size)]
+        argv += ["--capacity", str((self.messages or 1 << 16) + 1000), "--log", str(log)]
+        argv += ["--cpu", str(self.server_cpu)] if self.server_cpu is not None else []
+        return argv + (["--scm"] if self.scm else [])
+
+    def client_arguments(self, address: str) -> list[str]:
+        """Return the arguments of record/client.py, all but ``--log``."""
+        argv = [address, str(self.port), "--proto", self.proto, "--mode", self.mode, "--flows", str(self.flows)]
+        argv += ["--size", str(self.size), "--reply-size", str(self.reply_size), "--rate", str(self.rate)]
+        argv += ["--arrivals", self.arrivals, "--seed", str(self.seed), "--timeout", str(self.timeout)]
+        argv += ["--messages", str(self.messages)] if self.messages else []
+        argv += ["--duration", str(self.duration)] if self.duration else []
+        return argv + (["--cpu", str(self.client_cpu)] if self.client_cpu is not None else [])
+
+
+@dataclass(frozen=True)
+class Command:
+    """Any command as workload.
+
+    Attributes
+    ----------
+    argv : sequence of str
+        Runs on the sending side of a testbed, or in the namespace of the captured interface. It finds the addresses in
+        ``RXLAB_SERVER_ADDRESS`` and ``RXLAB_CLIENT_ADDRESS``.
+    server_argv : sequence of str
+        Runs on the captured side first, is stopped afterwards.
+    server_port : int or None
+        The traffic starts when something listens on this port there.
+    """
+
+    argv: Sequence[str]
+    server_argv: Sequence[str] = ()
+    server_port: int | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+
+    name = "command"
+
+    def describe(self) -> dict[str, Any]:
+        """Return the ``workload`` object of run.json."""
+        return {
+            "name": self.name,
+            "argv": list(self.argv),
+            "server_argv": list(self.server_argv),
+            "server_port": self.server_port,
+        }
+
+
+class Traffic(Protocol):
+    """A workload that was started: what the capture does with it."""
+
+    def prepare(self) -> None:
+        """Start servers and clients; return when nothing but the barrier holds the traffic back."""
+
+    def go(self) -> None:
+        """Open the barrier."""
+
+    def wait(self, timeout: float) -> bool:
+        """Wait at most `timeout` seconds for the end of the traffic and tell whether it has ended."""
+
+    def finish(self) -> dict[str, Any]:
+        """Stop what still runs, let it write its logs, and return what was got. Safe to call at any time."""
+
+
+class BuiltinTraffic:
+    """The built-in server on `dst` and its client on `src` (None: the remote host of the workload)."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        src: Endpoint | None,
+        dst: Endpoint,
+        out: Path,
+        start_process: Starter = subprocess.Popen,
+    ) -> None:
+        if src is None and workload.remote is None:
+            raise UsageError(
+                "the built-in workload needs a sender on another machine or namespace",
+                do="Give --testbed, --remote ssh:HOST, --attach, or a command after '--'.",
+            )
+        self._workload, self._src, self._dst, self._out, self._start_process = (
+            workload.pinned(),
+            src,
+            dst,
+            out,
+            start_process,
+        )
+        self._server: subprocess.Popen[bytes] | None = None
+        self._client: subprocess.Popen[bytes] | None = None
+        self._answer = bytearray()
+        self._stderr = open_private(out / COMMAND_LOG)
+
+    def prepare(self) -> None:
+        """Start the server, then the client."""
+        load = self._workload
+        address = self._dst.address(load.family)
+        server = self._dst.command(load.server_argv(address, self._out / APP_LOG))
+        # The server is a module of this package, which need not be installed where Python looks first.
+        environment = {**os.environ, "PYTHONPATH": str(PACKAGE_PARENT), "PYTHONDONTWRITEBYTECODE": "1"}
+        self._server = self._start(server, environment)
+        self._expect_ready(self._server, "server")
+        arguments = load.client_arguments(address)
+        if load.remote is not None:
+            script = CLIENT_SCRIPT.read_bytes()
+            self._client = self._start(remote_argv(load.remote, len(script), [*arguments, "--log", "-"]), None)
+            assert self._client.stdin is not None
+            self._client.stdin.write(script)
+            self._client.stdin.flush()
+        else:
+            local = [sys.executable, "-I", str(CLIENT_SCRIPT), *arguments, "--log", str(self._out / CLIENT_LOG)]
+            self._client = self._start(in_netns(self._src.netns if self._src else None, local), None)
+        self._expect_ready(self._client, "client")
+
+    def _start(self, argv: Sequence[str], environment: dict[str, str] | None) -> subprocess.Popen[bytes]:
+        return self._start_process(
+            argv,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            env=environment,
+            bufsize=0,
+            start_new_session=True,  # Ctrl-C at the terminal reaches the capture alone, which ends things in order
+        )
+
+    def _expect_ready(self, process: subprocess.Popen[bytes], who: str) -> None:
+        line = read_line(process, READY_TIMEOUT)
+        if line != b"ready\n":
+            process.kill()
+            process.wait()
+            raise CaptureError(
+                f"the workload's {who} did not start",
+                where=str(self._out / COMMAND_LOG),
+                found=last_line(self._out / COMMAND_LOG) or line.decode(errors="replace").strip() or "no answer",
+                expected="'ready'",
+            )
+
+    def go(self) -> None:
+        """Open the barrier."""
+        assert self._client is not None
+        assert self._client.stdin is not None
+        self._client.stdin.write(b"go\n")
+
+    def wait(self, timeout: float) -> bool:
+        """Collect what the client prints until it ends."""
+        assert self._client is not None
+        assert self._client.stdout is not None
+        deadline = time.monotonic() + timeout
+        while (left := deadline - time.monotonic()) > 0:
+            if not select.select([self._client.stdout], [], [], left)[0]:
+                return False
+            content = os.read(self._client.stdout.fileno(), 1 << 20)
+            if not content:
+                self._client.wait()
+                return True
+            self._answer += content
+        return False
+
+    def finish(self) -> dict[str, Any]:
+        """End both sides and return the client's summary."""
+        for process in (self._client, self._server):
+            if process is None:
+                continue
+            if process is self._client and process.poll() is None:
+                close_quietly(process.stdin)  # the client takes this as the order to stop
+                self.wait(END_TIMEOUT)
+            if process is self._server and self._client_failed():
+                close_quietly(process.stdin)
+            try:
+                process.wait(END_TIMEOUT)
+            except subprocess.TimeoutExpired:
+                close_quietly(process.stdin)
+                kill_after(process, END_TIMEOUT)
+            close_quietly(process.stdin)
+            close_quietly(process.stdout)
+        self._stderr.close()
+        if (self._out / COMMAND_LOG).exists() and (self._out / COMMAND_LOG).stat().st_size == 0:
+            (self._out / COMMAND_LOG).unlink()
+        return self._summary()
+
+    def _client_failed(self) -> bool:
+        return self._client is None or self._client.returncode != 0
+
+    def _summary(self) -> dict[str, Any]:
+        head, _, rest = bytes(self._answer).partition(b"\n")
+        summary = json.loads(head) if head.startswith(b"{") else {}
+        if self._workload.remote is not None and summary:
+            with open_private(self._out / CLIENT_LOG) as stream:
+                stream.write(rest[: summary["log_bytes"]])
+        log = self._out / APP_LOG
+        summary["received_calls"] = log.stat().st_size // APP_LOG_STRUCT.size if log.exists() else 0
+        for who, process in (("client", self._client), ("server", self._server)):
+            summary[f"{who}_exit_code"] = None if process is None else process.returncode
+        return summary
+
+
+class CommandTraffic:
+    """A command on `src` (or beside `dst` when there is no testbed), and perhaps its server on `dst`."""
+
+    def __init__(
+        self,
+        command: Command,
+        src: Endpoint | None,
+        dst: Endpoint,
+        out: Path,
+        start_process: Starter = subprocess.Popen,
+    ) -> None:
+        self._command, self._src, self._dst, self._out, self._start_process = (
+            command,
+            src or dst,
+            dst,
+            out,
+            start_process,
+        )
+        self._server: subprocess.Popen[bytes] | None = None
+        self._client: subprocess.Popen[bytes] | None = None
+        self._log = open_private(out / COMMAND_LOG)
+
+    def _start(self, end: Endpoint, argv: Sequence[str]) -> subprocess.Popen[bytes]:
+        environment = {**os.environ, **self._command.environment}
+        environment["RXLAB_SERVER_ADDRESS"] = self._dst.ipv4 or self._dst.ipv6 or ""
+        environment["RXLAB_CLIENT_ADDRESS"] = self._src.ipv4 or self._src.ipv6 or ""
+        if shutil.which(argv[0]) is None:
+            raise UsageError(f"the workload's command does not exist: {argv[0]}")
+        return self._start_process(
+            end.command(argv),
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+
+    def prepare(self) -> None:
+        """Start the server, if there is one, and wait until it listens."""
+        if not self._command.server_argv:
+            return
+        self._server = self._start(self._dst, self._command.server_argv)
+        if self._command.server_port is not None:
+            wait_listening(self._server, self._command.server_port)
+
+    def go(self) -> None:
+        """Start the command."""
+        self._client = self._start(self._src, self._command.argv)
+
+    def wait(self, timeout: float) -> bool:
+        """Wait for the command."""
+        assert self._client is not None
+        try:
+            self._client.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def finish(self) -> dict[str, Any]:
+        """Stop the command if it still runs, then the server."""
+        for process in (self._client, self._server):
+            if process is not None and process.poll() is None:
+                kill_group(process, signal.SIGTERM)
+                kill_after(process, END_TIMEOUT)
+        self._log.close()
+        return {"client_exit_code": self._client.returncode if self._client else None, "output": COMMAND_LOG}
+
+
+def open_traffic(
+    workload: Workload | Command,
+    src: Endpoint | None,
+    dst: Endpoint,
+    out: Path,
+    start_process: Starter = subprocess.Popen,
+) -> Traffic:
+    """Return the traffic of a workload, not started yet."""
+    if isinstance(workload, Command):
+        return CommandTraffic(workload, src, dst, out, start_process)
+    return BuiltinTraffic(workload, src, dst, out, start_process)
+
+
+def remote_argv(remote: str, script_bytes: int, arguments: Sequence[str]) -> list[str]:
+    """Return the command that runs the client on another host, its source first on standard input: nothing to install."""
+    loader = f"import sys; exec(compile(sys.stdin.buffer.read({script_bytes}), 'rxlab-client.py', 'exec'))"
+    host = remote.removeprefix("ssh:")
+    return ["ssh", "-T", "-o", "BatchMode=yes", host, shlex.join(["python3", "-c", loader, *arguments])]
+
+
+def wait_listening(process: subprocess.Popen[bytes], port: int) -> None:
+    """Wait until a TCP or UDP socket in the namespace of `process` is bound to `port`."""
+    deadline = time.monotonic() + READY_TIMEOUT
+    wanted = f":{port:04X} "
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        for table, state in (("tcp", "0A"), ("tcp6", "0A"), ("udp", "07"), ("udp6", "07")):
+            try:
+                lines = Path(f"/proc/{process.pid}/net/{table}").read_text().splitlines()
+            except OSError:
+                continue
+            if any(wanted in line.split(":", 1)[1][:48] and line.split()[3] == state for line in lines[1:]):
+                return
+        time.sleep(0.01)
+    raise CaptureError(
+        "the workload's server does not listen",
+        where=f"port {port}",
+        found=f"exit status {process.returncode}" if process.poll() is not None else "no listening socket",
+    )
+
+
+def read_line(process: subprocess.Popen[bytes], timeout: float) -> bytes:
+    """Read one line of a process's unbuffered standard output; what came so far when it ends or takes too long."""
+    assert process.stdout is not None
+    line, deadline = b"", time.monotonic() + timeout
+    while not line.endswith(b"\n") and (left := deadline - time.monotonic()) > 0:
+        if select.select([process.stdout], [], [], left)[0]:
+            character = os.read(process.stdout.fileno(), 1)
+            if not character:
+                break
+            line += character
+    return line
+
+
+def last_line(path: Path) -> str:
+    """Return the last line of a log, for an error message."""
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    return lines[-1].strip() if lines else ""
+
+
+def open_private(path: Path) -> IO[bytes]:
+    """Open a file for writing that only its owner can read."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")
+
+
+def close_quietly(stream: IO[bytes] | None) -> None:
+    """Close a pipe whose other end may be gone."""
+    if stream is not None:
+        try:
+            stream.close()
+        except OSError:
+            return
+
+
+def kill_group(process: subprocess.Popen[bytes], signum: int) -> None:
+    """Signal a process that was started in a session of its own, with its children."""
+    try:
+        os.killpg(process.pid, signum)
+    except ProcessLookupError:
+        return
+
+
+def kill_after(process: subprocess.Popen[bytes], timeout: float) -> None:
+    """Wait for a process that was told to end, and kill it when it does not."""
+    try:
+        process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        kill_group(process, signal.SIGKILL)
+        process.wait()
