@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import ParamSpec, TypeVar
 
 from rxlab.errors import HostSettingError
-from rxlab.host.ethtool import Ethtool
+from rxlab.host.ethtool import Ethtool, NoEthtool
 
 _Args = ParamSpec("_Args")
 _Result = TypeVar("_Result")
@@ -54,7 +54,7 @@ class HostAccess:
 
     def __init__(self, netns: str | None = None, root: Path = Path("/"), ethtool: Ethtool | None = None) -> None:
         self.netns, self.root = netns, Path(root)
-        self.ethtool = ethtool if ethtool is not None else Ethtool()
+        self.ethtool = ethtool if ethtool is not None else Ethtool() if self.is_real else NoEthtool()
         self._thread: ThreadPoolExecutor | None = None
         # On a made-up tree a namespace is only a name.
         if netns is not None and self.is_real:

@@ -183,3 +183,10 @@ class Ethtool:
         if names:
             self._ioctl(iface, request)
         return dict(zip(names, struct.unpack_from(f"={len(names)}Q", request.raw, 8), strict=True))
+
+
+class NoEthtool(Ethtool):
+    """A made-up host without devices behind its interfaces."""
+
+    def _ioctl(self, iface: str, request: ctypes.Array[ctypes.c_char]) -> int:
+        raise OSError(errno.EOPNOTSUPP, "no device")

@@ -15,7 +15,8 @@ from typing import Any
 
 from rxlab.errors import HostSettingError
 from rxlab.host.access import HostAccess
-from rxlab.host.topology import format_cpus, online_cpus, parse_cpus, queue_irqs
+from rxlab.host.cpulist import format_cpus, online_cpus, parse_cpus
+from rxlab.host.interrupts import queue_irqs
 
 MAX_INT = 2**31 - 1
 

@@ -1,55 +1,184 @@
-"""CPUs, cores, last-level caches, NUMA nodes; interfaces, their queues and the queues' interrupts: host.json."""
+"""What the machine is: CPUs, caches, NUMA nodes, interfaces, their queues and the queues' interrupts: host.json."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
+import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+from rxlab.errors import HostSettingError
 from rxlab.host.access import HostAccess
+from rxlab.host.cpulist import CPU_DIR, mask_to_cpus, online_cpus, parse_cpus
+from rxlab.host.interrupts import queue_irqs
+from rxlab.host.settings import read_settings
 
-CPU_DIR = "sys/devices/system/cpu"
-
-
-def parse_cpus(text: str) -> list[int]:
-    """Return the CPUs of a list (``0,2-3``), a mask (``0x5``) or ``off``, ascending; ValueError when it is none of these."""
-    text = text.strip().lower()
-    if text in ("", "off", "none"):
-        return []
-    if text.startswith("0x"):
-        mask = int(text, 16)
-        return [cpu for cpu in range(mask.bit_length()) if mask >> cpu & 1]
-    cpus: set[int] = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,5})(?:-(\d{1,5}))?\s*", part, re.ASCII)
-        if match is None or int(match[1]) > int(match[2] or match[1]):
-            raise ValueError(f"not a CPU list: {text!r}")
-        cpus.update(range(int(match[1]), int(match[2] or match[1]) + 1))
-    return sorted(cpus)
-
-
-def format_cpus(cpus: Iterable[int]) -> str:
-    """Return CPUs as the kernel lists them, ``0-1,3``; ``off`` for none."""
-    parts: list[list[int]] = []
-    for cpu in sorted(set(cpus)):
-        if parts and parts[-1][1] == cpu - 1:
-            parts[-1][1] = cpu
-        else:
-            parts.append([cpu, cpu])
-    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in parts) or "off"
+# Sysctls that change what a packet meets. Under net.core only a few exist in a namespace other than the first.
+_CORE = (
+    "busy_poll busy_read default_qdisc dev_weight dev_weight_rx_bias gro_normal_batch netdev_budget netdev_budget_usecs "
+    "netdev_max_backlog netdev_tstamp_prequeue rmem_default rmem_max wmem_default wmem_max rps_default_mask "
+    "rps_sock_flow_entries skb_defer_max"
+)
+_IPV4 = (
+    "ip_early_demux tcp_early_demux udp_early_demux tcp_congestion_control tcp_rmem tcp_wmem tcp_timestamps tcp_sack"
+)
+_KERNEL = "perf_event_paranoid perf_event_max_sample_rate perf_event_mlock_kb numa_balancing sched_rt_runtime_us"
+SYSCTLS = (
+    *(f"net.core.{name}" for name in _CORE.split()),
+    *(f"net.ipv4.{name}" for name in _IPV4.split()),
+    *(f"kernel.{name}" for name in _KERNEL.split()),
+)
 
 
-def online_cpus(access: HostAccess) -> list[int]:
-    """Return the CPUs that are online."""
-    text = access.try_read(f"{CPU_DIR}/online")
-    return parse_cpus(text) if text is not None else list(range(os.cpu_count() or 1))
+def snapshot_host(iface: str | None, netns: str | None = None, root: Path = Path("/")) -> dict[str, Any]:
+    """Return what host.json holds (layout: rundir.py): what the machine is and how it is set.
+
+    Parameters
+    ----------
+    iface : str or None
+        Interface to describe in full; None describes all of the namespace.
+    netns : str, optional
+        Network namespace of the interface; CPUs and host-wide sysctls are those of the host anyway.
+    root : Path
+        Directory that stands for ``/``.
+
+    Raises
+    ------
+    HostSettingError
+        No such interface or namespace.
+    """
+    with HostAccess(None, root) as host, HostAccess(netns, root) as inside:
+        names = inside.list("sys/class/net")
+        if iface is not None and iface not in names:
+            raise HostSettingError(
+                "no such interface",
+                where=f"{iface} in netns {netns}" if netns else iface,
+                found=", ".join(names) or "none",
+                do="'ip -br link' lists them.",
+            )
+        chosen = (
+            [iface] if iface is not None else [name for name in names if inside.exists(f"sys/class/net/{name}/mtu")]
+        )
+        sysctls = {name: _sysctl(inside, name) or _sysctl(host, name) for name in SYSCTLS}
+        return {
+            "kernel": host.try_read("proc/sys/kernel/osrelease") or platform.release(),
+            "hostname": host.try_read("proc/sys/kernel/hostname") or platform.node(),
+            "machine": platform.machine(),
+            "hypervisor": _has_hypervisor(host),
+            "netns": netns,
+            "cpus": read_cpus(host),
+            "isolated_cpus": host.try_read(f"{CPU_DIR}/isolated") or None,
+            "ifaces": {name: _iface(inside, host, name) for name in chosen},
+            "settings": {**read_settings(None, None, host), **read_settings(None, netns, inside)},
+            "sysctls": {name: value for name, value in sysctls.items() if value is not None},
+            "governor": host.try_read(f"{CPU_DIR}/cpu0/cpufreq/scaling_governor"),
+            "clocksource": host.try_read("sys/devices/system/clocksource/clocksource0/current_clocksource"),
+            "irqbalance": is_running(host, "irqbalance"),
+            "tcp_early_demux": sysctls["net.ipv4.tcp_early_demux"],
+        }
 
 
-def queue_irqs(access: HostAccess, iface: str) -> dict[int, int]:
-    """Return ``{rx queue number: irq}`` of an interface; empty for one without interrupts of its own (veth, lo)."""
-    return {}
+def read_cpus(access: HostAccess) -> list[dict[str, Any]]:
+    """Return ``[{"cpu", "core", "package", "llc", "node", "online", "siblings"}]``.
+
+    ``core`` and ``llc`` are the lowest CPU that shares the core or the last-level cache (kernel ids repeat between packages);
+    None where the CPU is offline or the kernel does not say.
+    """
+    present = parse_cpus(access.try_read(f"{CPU_DIR}/present") or "") or online_cpus(access)
+    online, nodes = set(online_cpus(access)), _nodes(access)
+    cpus = []
+    for cpu in present:
+        folder = f"{CPU_DIR}/cpu{cpu}"
+        package = access.try_read(f"{folder}/topology/physical_package_id")
+        siblings = access.try_read(f"{folder}/topology/thread_siblings_list")
+        cpus.append(
+            {
+                "cpu": cpu,
+                "core": min(parse_cpus(siblings)) if siblings else None,
+                "package": int(package) if package is not None else None,
+                "llc": _llc(access, folder),
+                "node": nodes.get(cpu),
+                "online": cpu in online,
+                "siblings": siblings,
+            }
+        )
+    return cpus
+
+
+def _llc(access: HostAccess, folder: str) -> int | None:
+    best, shared = -1, None
+    for index in access.list(f"{folder}/cache"):
+        level = access.try_read(f"{folder}/cache/{index}/level")
+        cpus = access.try_read(f"{folder}/cache/{index}/shared_cpu_list")
+        if level is not None and cpus and int(level) > best:
+            best, shared = int(level), min(parse_cpus(cpus))
+    return shared
+
+
+def _nodes(access: HostAccess) -> dict[int, int]:
+    nodes = {}
+    for name in access.list("sys/devices/system/node"):
+        cpus = access.try_read(f"sys/devices/system/node/{name}/cpulist") if name[4:].isdigit() else None
+        nodes.update({cpu: int(name[4:]) for cpu in parse_cpus(cpus or "")})
+    return nodes
+
+
+def read_queues(access: HostAccess, iface: str) -> list[dict[str, Any]]:
+    """Return ``[{"queue", "irq", "irq_cpus", "irq_effective", "rps_cpus", "rps_flow_cnt", "xps_cpus"}]`` per queue number."""
+    folder = f"sys/class/net/{iface}/queues"
+    numbers = sorted({int(name[3:]) for name in access.list(folder) if name[:3] in ("rx-", "tx-")})
+    irqs = queue_irqs(access, iface)
+    queues = []
+    for number in numbers:
+        irq = irqs.get(number)
+        rps, xps = (access.try_read(f"{folder}/{name}") for name in (f"rx-{number}/rps_cpus", f"tx-{number}/xps_cpus"))
+        flows = access.try_read(f"{folder}/rx-{number}/rps_flow_cnt")
+        queues.append(
+            {
+                "queue": number,
+                "irq": irq,
+                "irq_cpus": access.try_read(f"proc/irq/{irq}/smp_affinity_list") if irq is not None else None,
+                "irq_effective": access.try_read(f"proc/irq/{irq}/effective_affinity_list")
+                if irq is not None
+                else None,
+                "rps_cpus": mask_to_cpus(rps) if rps is not None else None,
+                "rps_flow_cnt": int(flows) if flows is not None else None,
+                "xps_cpus": mask_to_cpus(xps) if xps is not None else None,
+            }
+        )
+    return queues
+
+
+def _iface(access: HostAccess, host: HostAccess, iface: str) -> dict[str, Any]:
+    tool = access.ethtool
+
+    def ask(function: Callable[..., Any], *args: str) -> Any:
+        try:
+            return access.call(function, iface, *args)
+        except OSError:
+            return None
+
+    driver = ask(tool.driver) or {}
+    features = ask(tool.features)
+    mtu = access.try_read(f"sys/class/net/{iface}/mtu")
+    return {
+        "mac": access.try_read(f"sys/class/net/{iface}/address"),
+        "addresses": _identity(access, iface)[1],
+        "mtu": int(mtu) if mtu else None,
+        "operstate": access.try_read(f"sys/class/net/{iface}/operstate"),
+        "driver": driver.get("driver") or access.link_name(f"sys/class/net/{iface}/device/driver"),
+        "bus": driver.get("bus") or access.link_name(f"sys/class/net/{iface}/device"),
+        "queues": read_queues(access, iface),
+        "features": {name: state["active"] for name, state in features.items()} if features else None,
+        **{group: ask(tool.get, group) for group in ("coalesce", "rings", "channels")},
+        "timestamping": ask(tool.timestamping),
+        "settings": {
+            label: value for label, value in read_settings(iface, access.netns, access).items() if f"@{iface}" in label
+        },
+    }
 
 
 def local_identity(iface: str | None, netns: str | None = None) -> tuple[list[str], list[str]]:
@@ -68,7 +197,24 @@ def _identity(access: HostAccess, iface: str | None) -> tuple[list[str], list[st
     if not access.is_real:
         return [], []
     command = ["ip", "-json", "address", "show", *(["dev", iface] if iface else [])]
-    done = access.call(subprocess.run, command, capture_output=True, text=True, check=False)
+    try:
+        done = access.call(subprocess.run, command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise HostSettingError("the ip command is missing", do="Install it: apt install iproute2.") from None
     links = json.loads(done.stdout or "[]") if done.returncode == 0 else []
     macs = [link["address"] for link in links if link.get("address")]
     return macs, [entry["local"] for link in links for entry in link.get("addr_info", ()) if "local" in entry]
+
+
+def is_running(access: HostAccess, comm: str) -> bool:
+    """Tell whether a process of this name runs."""
+    return any(access.try_read(f"proc/{name}/comm") == comm for name in access.list("proc") if name.isdigit())
+
+
+def _sysctl(access: HostAccess, name: str) -> str | None:
+    return access.try_read(os.path.join("proc/sys", *name.split(".")))
+
+
+def _has_hypervisor(access: HostAccess) -> bool:
+    flags = next((ln for ln in (access.try_read("proc/cpuinfo") or "").splitlines() if ln.startswith("flags")), "")
+    return " hypervisor" in flags

@@ -1,0 +1,76 @@
+"""/proc/interrupts, and which interrupt serves which receive queue."""
+
+from __future__ import annotations
+
+import re
+
+from rxlab.host.access import HostAccess
+
+# Parts of interrupt names that are not receive queues: transmit-only vectors, management, link changes, command queues.
+_NOT_RX = re.compile(
+    r"output|(?<!x-)(?<!r)tx(?!-?rx)|config|event|async|cmd|ctrl|control|mgmnt|mgmt|admin|misc|other|lsc|aeq|fdir", re.I
+)
+
+
+def parse_interrupts(text: str) -> dict[str, dict[str, object]]:
+    """Return ``{irq: {"label", "cpus": [count per CPU column]}}`` of /proc/interrupts; irq is a number or a name as ``LOC``."""
+    lines = text.splitlines()
+    if not lines:
+        return {}
+    n_cpus = len(lines[0].split())
+    table: dict[str, dict[str, object]] = {}
+    for line in lines[1:]:
+        name, _, rest = line.partition(":")
+        fields = rest.split(None, n_cpus)
+        counts = [int(field) for field in fields[:n_cpus] if field.isdigit()]
+        label = " ".join(fields[len(counts) :])
+        # ERR and MIS have one number for the whole machine.
+        table[name.strip()] = {"label": label, "cpus": counts + [0] * (n_cpus - len(counts))}
+    return table
+
+
+def queue_irqs(access: HostAccess, iface: str) -> dict[int, int]:
+    """Return ``{rx queue number: irq}`` of an interface; empty for one without interrupts of its own (veth, lo).
+
+    Interrupts are found by the device's ``msi_irqs`` or by name; which queue one serves is only in its name
+    (``eth0-TxRx-3``, ``virtio0-input.1``, ``mlx5_comp2@pci:...``). A driver that names them otherwise is left out.
+    """
+    device = f"sys/class/net/{iface}/device"
+    if not access.exists(device):
+        return {}
+    owned = set(access.list(f"{device}/msi_irqs"))
+    bus_name = access.link_name(device) or ""
+    # A virtio device's interrupts are those of the PCI device it sits on, which may serve others too: by name.
+    names = {name for name in (iface, bus_name) if name}
+    queues: dict[int, int] = {}
+    for irq, row in parse_interrupts(access.try_read("proc/interrupts") or "").items():
+        action = str(row["label"]).split(" ")[-1]
+        if not irq.isdigit() or not (irq in owned or any(_names(name, action) for name in names)):
+            continue
+        if _NOT_RX.search(_strip(action, names)):
+            continue
+        queue = _queue_of(action, names)
+        if queue is not None:
+            queues.setdefault(queue, int(irq))
+    return queues
+
+
+def _names(device: str, action: str) -> bool:
+    return re.search(rf"(?<![\w.]){re.escape(device)}(?!\d)", action) is not None
+
+
+def _strip(action: str, names: set[str]) -> str:
+    """Drop device names and the bus address, whose digits and letters are no queue."""
+    action = action.partition("@")[0]
+    for name in sorted(names, key=len, reverse=True):
+        action = action.replace(name, "")
+    return action
+
+
+def _queue_of(action: str, names: set[str]) -> int | None:
+    rest = _strip(action, names)
+    match = re.search(r"(\d+)\D*$", rest)
+    if match:
+        return int(match[1])
+    # A single vector: named as the interface, or "virtio3-rx".
+    return 0 if not rest.strip("-:. ") or re.search(r"rx|input", rest, re.I) else None
