@@ -1,0 +1,99 @@
+"""Histograms are within 1 % and merge exactly; a sweep is labelled by what varied."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import xarray as xr
+from hypothesis import given
+from hypothesis import strategies as st
+from joined_builder import make_app_logs, make_host, make_joined, make_run
+
+from rxlab.dataset import aggregate, schema, store
+from rxlab.errors import RxlabError, SchemaError
+
+LATENCIES = st.lists(st.floats(1.0, 1e12), min_size=1, max_size=60)
+
+
+@given(LATENCIES, st.floats(0.0, 1.0))
+def test_quantiles_are_within_one_percent(values, level):
+    exact = np.sort(values)[min(max(int(np.ceil(level * len(values))) - 1, 0), len(values) - 1)]
+    assert aggregate.LogHistogram().add(np.array(values)).quantile(level) == pytest.approx(exact, rel=0.01 + 1e-9)
+
+
+@given(LATENCIES, LATENCIES)
+def test_merging_is_counting_all_in_one(left, right):
+    both = aggregate.LogHistogram().add(np.array(left + right))
+    merged = aggregate.LogHistogram().add(np.array(left)).merge(aggregate.LogHistogram().add(np.array(right)))
+    np.testing.assert_array_equal(merged.counts, both.counts)
+    assert (merged.minimum, merged.maximum, merged.n) == (both.minimum, both.maximum, both.n)
+
+
+def test_ends_are_open_and_negative_values_are_counted():
+    histogram = aggregate.LogHistogram().add(np.array([-5.0, 0.0, 1.0, 1e15, np.nan]))
+    assert histogram.n == 4
+    assert (histogram.counts[0], histogram.counts[1], histogram.counts[-1]) == (2, 1, 1)
+    assert histogram.minimum == -5
+    assert histogram.quantile(1.0) == 1e15
+    assert np.isnan(aggregate.LogHistogram().quantile(0.5))
+
+
+def test_foreign_buckets_are_refused():
+    with pytest.raises(SchemaError, match="other buckets"):
+        aggregate.LogHistogram(np.zeros(3))
+
+
+def _tree(seed=1, arm="std", rps="0", **changes):
+    run = make_run(arm=arm, configuration={"rps_cpus": rps, "gro": "off"})
+    joined = None if arm == "untraced" else make_joined(200, seed=seed, **changes)
+    return store.build(
+        joined, run=run, host=make_host(), app_latency=make_app_logs(np.random.default_rng(seed).lognormal(9, 0.1, 300))
+    )
+
+
+def test_coverage_of_several_runs_is_that_of_their_packets():
+    merged = aggregate.merged_coverage([_tree(lost_rows=[1, 2]), _tree(seed=2)])
+    assert int(merged.expected.sel(stage="recvmsg")) == 400
+    assert float(merged.fraction.sel(stage="recvmsg")) == pytest.approx(398 / 400)
+    assert int(merged.missing.sel(stage="copy", cause="lost")) == 2
+    assert merged.matched.attrs["long_name"] == schema.variable("coverage", "matched").long_name
+    with pytest.raises(RxlabError, match="no run to merge"):
+        aggregate.merged_coverage([])
+
+
+def test_a_sweep_is_labelled_by_what_varied():
+    trees = [
+        _tree(1),
+        _tree(2),
+        _tree(3, rps="2", path_kind="backlog_rps"),
+        _tree(4, arm="untraced"),
+        _tree(5, arm="untraced", rps="2"),
+    ]
+    sweep = aggregate.combine(trees)
+    assert dict(sweep.sizes) | {"bucket": 0} == {
+        "rps_cpus": 2,
+        "repetition": 2,
+        "arm": 2,
+        "hop": 23,
+        "quantile": 3,
+        "stage": 14,
+        "bucket": 0,
+    }
+    assert str(sweep.gro.values) == "off"
+    median = sweep.latency.sel(quantile=0.5, hop="total_latency", arm="std")
+    assert not median.sel(rps_cpus="0").isnull().any()
+    assert median.sel(rps_cpus="2").isnull().values.tolist() == [False, True]
+    assert float(
+        sweep.latency.sel(rps_cpus="2", arm="untraced", quantile=0.5, hop="one_way_latency")[0]
+    ) == pytest.approx(np.exp(9), rel=0.05)
+    merged = sweep["count"].sel(hop="total_latency", arm="std").sum("repetition")
+    assert merged.sum("bucket").values.tolist() == [400, 200]
+    for name in sweep.data_vars:
+        assert sweep[name].attrs["units"] == schema.variable("sweep", str(name)).units
+
+
+def test_a_sweep_opens_in_plain_xarray(tmp_path):
+    sweep = aggregate.combine([_tree(1), _tree(2, rps="2")])
+    sweep.to_netcdf(tmp_path / "sweep.nc", engine="h5netcdf")
+    with xr.open_dataset(tmp_path / "sweep.nc") as opened:
+        xr.testing.assert_equal(sweep, opened.load())

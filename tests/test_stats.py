@@ -1,0 +1,178 @@
+"""Statistics against planted truth: intervals cover, false alarms are rare, hops are named and add up."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from joined_builder import NAT, make_host, make_joined, make_run
+from scipy.signal import lfilter
+from scipy.stats import norm
+
+from rxlab.dataset import stats, store
+from rxlab.errors import RxlabError
+from rxlab.stages import STAGE_INDEX
+
+
+def _series(rng, n, *, rho=0.0, spread=0.4, median=10_000.0):
+    """Log-normal latencies whose logarithm is a stationary AR(1) series."""
+    noise = rng.standard_normal(n + 300)
+    return median * np.exp(spread * lfilter([np.sqrt(1 - rho**2)], [1, -rho], noise)[300:])
+
+
+def _runs(rng, n_runs, *, median=10_000.0, between=0.01, n=2000):
+    return [_series(rng, n, rho=0.5, spread=0.3, median=median * np.exp(rng.normal(0, between))) for _ in range(n_runs)]
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.9])
+@pytest.mark.parametrize("quantile", stats.QUANTILES)
+def test_within_run_interval_covers_whatever_the_correlation(rho, quantile):
+    rng = np.random.default_rng(7)
+    truth = 10_000 * np.exp(0.4 * norm.ppf(quantile))
+    estimates = [stats.quantile_interval(_series(rng, 4000, rho=rho), quantile) for _ in range(400)]
+    covered = np.mean([e.low <= truth <= e.high for e in estimates])
+    assert 0.92 <= covered <= 0.985
+
+
+def test_correlation_widens_the_interval():
+    rng = np.random.default_rng(3)
+    widths = [
+        np.mean([e.high - e.low for e in (stats.quantile_interval(_series(rng, 4000, rho=r), 0.5) for _ in range(50))])
+        for r in (0.0, 0.9)
+    ]
+    assert widths[1] > 2 * widths[0]
+
+
+def test_repetition_interval_is_students():
+    rng = np.random.default_rng(5)
+    covered = np.mean(
+        [
+            e.low <= 1e4 <= e.high
+            for e in (stats.over_repetitions(1e4 * np.exp(rng.normal(0, 0.1, 3))) for _ in range(2000))
+        ]
+    )
+    assert 0.935 <= covered <= 0.965
+    assert np.isnan(stats.over_repetitions([5.0]).low)
+
+
+@pytest.mark.parametrize("n_runs", [5, 10])
+def test_no_difference_is_seldom_found(n_runs):
+    rng = np.random.default_rng(11)
+    families = [stats.compare(_runs(rng, n_runs), _runs(rng, n_runs)) for _ in range(200)]
+    alarms = np.mean([any(c.verdict != stats.CANNOT_TELL for c in family) for family in families])
+    covered = np.mean([[c.ratio_low <= 1 <= c.ratio_high for c in family] for family in families])
+    assert alarms <= 0.075  # 0.05 and two standard errors of 200 families
+    assert 0.92 <= covered <= 0.985
+
+
+def test_a_planted_five_percent_shift_of_the_tail_is_found():
+    rng = np.random.default_rng(13)
+    verdicts = [stats.compare(_runs(rng, 10), _runs(rng, 10, median=10_500.0))[2].verdict for _ in range(100)]
+    assert verdicts.count(stats.WORSE) >= 80
+    assert stats.BETTER not in verdicts
+
+
+def test_one_run_each_gives_an_interval_but_no_verdict():
+    rng = np.random.default_rng(17)
+    for comparison in stats.compare(_runs(rng, 1), _runs(rng, 1, median=20_000.0)):
+        assert comparison.verdict == stats.CANNOT_TELL
+        assert comparison.kind == "within one run"
+        assert comparison.ratio_low < 2 < comparison.ratio_high or comparison.ratio == pytest.approx(2, rel=0.1)
+        assert np.isnan(comparison.p_value)
+        assert comparison.more_repetitions is None
+
+
+def test_the_sign_and_size_of_a_difference():
+    runs = [np.full(100, v) for v in (1000.0, 1001.0, 1002.0)]
+    half = [run / 2 for run in runs]
+    median = stats.compare(runs, half)[0]
+    assert (median.verdict, median.ratio) == (stats.BETTER, pytest.approx(0.5))
+    assert median.difference == pytest.approx(-500.5, rel=1e-3)
+    assert stats.compare(half, runs)[0].verdict == stats.WORSE
+    assert stats.compare(runs, runs)[0].verdict == stats.CANNOT_TELL
+
+
+def test_more_repetitions_are_fewer_for_a_larger_difference():
+    rng = np.random.default_rng(19)
+    a = _runs(rng, 5, between=0.03)
+    needed = [
+        stats.compare(a, [run * factor for run in _runs(np.random.default_rng(23), 5, between=0.03)])[
+            0
+        ].more_repetitions
+        for factor in (1.05, 1.5)
+    ]
+    assert needed[0] > needed[1] >= 2
+
+
+def test_holm_by_hand():
+    base = stats.compare(*[[np.full(50, 1.0 + i + k) for i in range(3)] for k in (0, 1)], quantiles=(0.5,))[0]
+    given = [stats.replace(base, p_value=p) for p in (0.04, 0.01, np.nan, 0.03)]
+    assert [c.p_corrected for c in stats.correct(given)] == pytest.approx([0.06, 0.03, np.nan, 0.06], nan_ok=True)
+    assert [c.verdict == stats.CANNOT_TELL for c in stats.correct(given)] == [True, False, True, True]
+
+
+def test_nothing_to_compare_is_an_error():
+    with pytest.raises(RxlabError, match="nothing to compare"):
+        stats.compare([], [np.ones(5)])
+    with pytest.raises(RxlabError, match="nothing to compare"):
+        stats.compare([np.empty(0)], [np.ones(5)])
+
+
+def _tree(seed, **changes):
+    return store.build(make_joined(2000, seed=seed, **changes), run=make_run(), host=make_host())
+
+
+@pytest.mark.parametrize("quantile", [0.5, 0.99])
+def test_explain_names_the_planted_hop_and_adds_up(quantile):
+    a = [_tree(seed) for seed in range(3)]
+    b = [_tree(seed, steps={"switch_in": 4500}) for seed in range(3, 6)]
+    result = stats.explain(a, b, quantile=quantile)
+    largest = str(result.hop.values[np.argmax(np.abs(result.difference.values))])
+    assert largest == "switch_in"
+    if quantile == 0.5:
+        assert float(result.difference.sel(hop="switch_in")) == pytest.approx(3000, rel=0.1)
+    totals = [
+        np.mean([stats.quantile_interval(stats.hop_values(t, "total_latency"), quantile).value for t in trees])
+        for trees in (a, b)
+    ]
+    assert float(result.total) == pytest.approx(totals[1] - totals[0], rel=0.01)
+    assert float(result.difference.sum()) == pytest.approx(float(result.total))
+    assert float(result.low.sel(hop="switch_in")) > 1000
+
+
+def test_explain_across_path_kinds_shows_the_hop_that_only_one_has():
+    result = stats.explain([_tree(1)], [_tree(2, path_kind="backlog_rps")])
+    assert float(result.a.sel(hop="rps_ipi")) == 0
+    assert float(result.difference.sel(hop="rps_ipi")) == pytest.approx(2500, rel=0.15)
+    assert np.isnan(result.low).all()
+
+
+def test_quantile_table_counts_usable_packets_and_claims_no_far_tail():
+    joined = make_joined(1000, lost_rows=range(10))
+    joined.time[20, STAGE_INDEX["wakeup"]] = NAT
+    table = stats.quantile_table(store.build(joined, run=make_run(), host=make_host()))
+    assert int(table.n.sel(hop="total_latency")) == 990
+    assert int(table.n.sel(hop="wakeup")) == 989
+    exact = np.sort(joined.truth[10:, STAGE_INDEX["copy"]])
+    row = table.sel(hop="copy")
+    assert float(row.latency.sel(quantile=0.5)) == exact[494]
+    assert float(row.latency_low.sel(quantile=0.5)) < exact[494] < float(row.latency_high.sel(quantile=0.5))
+    assert float(row.latency.sel(quantile=1.0)) == exact[-1]
+    assert np.isnan(row.latency_low.sel(quantile=[0.999, 1.0])).all()
+    assert np.isnan(table.latency.sel(hop="hardirq")).all()
+
+
+def test_two_speeds_are_two_modes_and_one_is_one():
+    rng = np.random.default_rng(29)
+    two = stats.find_modes(np.r_[rng.lognormal(9, 0.1, 6000), rng.lognormal(9.7, 0.1, 4000)])
+    assert len(two) == 2
+    assert two[0].center == pytest.approx(np.exp(9), rel=0.1)
+    assert two[1].share == pytest.approx(0.4, abs=0.02)
+    assert all(len(stats.find_modes(rng.lognormal(9, 0.4, 3000))) == 1 for _ in range(100))
+    assert len(stats.find_modes(np.full(500, 7.0))) == 1
+    assert stats.find_modes(np.ones(10)) == []
+
+
+def test_no_values_give_no_number():
+    empty = stats.quantile_interval(np.array([np.nan]), 0.5)
+    assert np.isnan(empty.value)
+    assert empty.n == 0
