@@ -1,9 +1,304 @@
-"""The ``rxlab`` command: argument parsing only."""
+"""The ``rxlab`` command: argument parsing only. What a command does is in pipeline.py, doctor.py and the folders.
+
+Exit status: 0 success, 1 an error (one line on stderr), 2 usage, 3 a result below its threshold.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rxlab.errors import RefusedError, RxlabError, UsageError
+
+app = typer.Typer(
+    help="Follow every received packet from the NIC to recvmsg(), and see what RPS, RFS and affinity really do.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+host_app = typer.Typer(help="What this host is and how it is set.", no_args_is_help=True)
+app.add_typer(host_app, name="host")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Iface = Annotated[str | None, typer.Option("--iface", help="Interface to look at.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Host setting, e.g. rps_cpus=0,2. Repeatable.")]
+Allow = Annotated[bool, typer.Option("--allow-system-changes", help="Let settings of this host be changed (and restored).")]
+YesNic = Annotated[bool, typer.Option("--yes-this-nic", help="Even on the interface this session or the default route uses.")]
+Testbed = Annotated[bool, typer.Option("--testbed", help="Use the embedded testbed: two namespaces and a veth pair.")]
+Idle = Annotated[str, typer.Option(help="SCHED_IDLE spinner per CPU: auto, spin or off.")]
+Proto = Annotated[str, typer.Option(help="Protocol of the built-in workload: tcp or udp.")]
+Messages = Annotated[int, typer.Option(min=1, help="Messages the built-in workload sends.")]
+Remote = Annotated[str | None, typer.Option(metavar="ssh:HOST", help="Run the built-in client on another host.")]
+
+
+@app.command()
+def doctor(iface: Iface = None, as_json: Json = False) -> None:
+    """Tell whether this host can capture, what would be missing, and the command that mends it."""
+    from rxlab.doctor import examine
+
+    found = examine(iface)
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        found.print()
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the runs and the report.")] = Path("out/demo"),
+    messages: Messages = 20_000,
+    reps: Annotated[int, typer.Option(min=1, help="Repetitions of each untraced run.")] = 3,
+) -> None:
+    """Record RPS off and on over the embedded testbed (or use recorded runs), analyse, and write the report."""
+    from rxlab.pipeline import demo as run_demo
+
+    report = run_demo(out, messages=messages, reps=reps, say=_say)
+    print(f"report: {report}")
+
+
+@app.command(context_settings={"allow_interspersed_args": False})
+def capture(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Run directory to make.")],
+    command: Annotated[list[str] | None, typer.Argument(metavar="[-- CMD...]", help="Any command as the workload.")] = None,
+    iface: Iface = None,
+    netns: Annotated[str | None, typer.Option(help="Network namespace of the interface.")] = None,
+    testbed: Testbed = False,
+    gro: Annotated[bool, typer.Option(help="Testbed with GRO: veth then has NAPI.")] = False,
+    duration: Annotated[float | None, typer.Option(help="Seconds to record at most.")] = None,
+    attach: Annotated[bool, typer.Option("--attach", help="Record live traffic only; nothing is sent.")] = False,
+    events: Annotated[str, typer.Option(help="min, std, full; pcap (no perf) or none (untraced).")] = "std",
+    bpf: Annotated[str | None, typer.Option("--filter", help="BPF filter for tcpdump.")] = None,
+    flow: Annotated[str | None, typer.Option(help="One flow as PROTO:ADDRESS:PORT; added to the filter.")] = None,
+    cpus: Annotated[str | None, typer.Option(help="CPUs perf records, e.g. 0-3.")] = None,
+    snaplen: Annotated[int, typer.Option(min=64, help="Bytes of each packet kept; headers only by default.")] = 192,
+    max_size: Annotated[str | None, typer.Option(help="Stop as partial beyond this size, e.g. 2G.")] = None,
+    idle: Idle = "auto",
+    settings: Set = None,
+    allow: Allow = False,
+    yes_this_nic: YesNic = False,
+    proto: Proto = "tcp",
+    messages: Messages = 20_000,
+    size: Annotated[int, typer.Option(min=24, help="Bytes of a message.")] = 64,
+    flows: Annotated[int, typer.Option(min=1, help="Connections of the built-in workload.")] = 1,
+    mode: Annotated[str, typer.Option(help="closed (request, reply) or open (sent on a schedule).")] = "closed",
+    rate: Annotated[float, typer.Option(help="Messages per second and flow, open loop.")] = 2000.0,
+    arrivals: Annotated[str, typer.Option(help="poisson or constant, open loop.")] = "poisson",
+    remote: Remote = None,
+    as_json: Json = False,
+) -> None:
+    """Record one run: kernel events, packets, clocks, counters, host."""
+    from rxlab.pipeline import flow_filter, parse_size, record_run
+
+    run = record_run(
+        out,
+        iface=iface,
+        netns=netns,
+        testbed=testbed,
+        gro=gro,
+        settings=_settings(settings),
+        allow_system_changes=allow,
+        yes_this_nic=yes_this_nic,
+        workload=None
+        if attach or command or (iface and not (testbed or remote))
+        else {
+            "proto": proto, "messages": messages, "size": size, "flows": flows, "mode": mode, "rate": rate,
+            "arrivals": arrivals, "remote": remote, "duration": duration if mode == "open" else None,
+        },
+        command=command or None,
+        duration=duration,
+        attach=attach,
+        events=events,
+        filter=flow_filter(bpf, flow),
+        cpus=cpus,
+        snaplen=snaplen,
+        max_size=parse_size(max_size),
+        idle=idle,
+    )  # fmt: skip
+    if as_json:
+        _print_json(run.run)
+    else:
+        print(run.summary())
+    if run.run["status"] != "complete":
+        raise typer.Exit(1)
+
+
+@app.command(context_settings={"allow_interspersed_args": False})
+def compare(
+    settings: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="What to compare with the host as it is.")],
+    command: Annotated[list[str] | None, typer.Argument(metavar="[-- CMD...]")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the runs and the report.")] = Path("out/compare"),
+    iface: Iface = None,
+    testbed: Testbed = False,
+    reps: Annotated[int, typer.Option(min=1, help="Repetitions of each configuration.")] = 3,
+    proto: Proto = "tcp",
+    messages: Messages = 20_000,
+    remote: Remote = None,
+    idle: Idle = "auto",
+    allow: Allow = False,
+    yes_this_nic: YesNic = False,
+    seed: Annotated[int, typer.Option(help="Seed of the shuffled order.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+) -> None:
+    """Compare the host as it is with the given settings: apply, capture, restore, next; shuffled; then the report."""
+    from rxlab.pipeline import compare as run_compare
+
+    report = run_compare(
+        out,
+        settings=_settings(settings),
+        iface=iface,
+        testbed=testbed,
+        reps=reps,
+        workload={"proto": proto, "messages": messages, "remote": remote},
+        command=command or None,
+        idle=idle,
+        allow_system_changes=allow,
+        yes_this_nic=yes_this_nic,
+        seed=seed,
+        dry_run=dry_run,
+        say=_say,
+    )
+    if report is not None:
+        print(f"report: {report}")
+
+
+@app.command()
+def analyze(
+    run: Annotated[Path | None, typer.Argument(help="Run directory.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="netCDF file; RUN/run.nc by default.")] = None,
+    perf: Annotated[Path | None, typer.Option(help="perf.data recorded elsewhere with -k CLOCK_MONOTONIC.")] = None,
+    pcap: Annotated[Path | None, typer.Option(help="Packet capture of the same time.")] = None,
+    iface: Iface = None,
+    as_json: Json = False,
+) -> None:
+    """Join a run's packets and events into the dataset."""
+    from rxlab.pipeline import analyze_run
+
+    result = analyze_run(run, out=out, perf=perf, pcap=pcap, iface=iface, say=_say)
+    if as_json:
+        _print_json(result)
+    else:
+        print(f"dataset: {result['dataset']}  packets {result['packets']}  complete {result['complete']:.4f}  verdict {result['verdict']}")
+    if result["verdict"] == "refused":
+        raise RefusedError("; ".join(result["reasons"]) or "verdict refused", where=str(run or perf))
+
+
+@app.command()
+def inspect(file: Path, as_json: Json = False) -> None:
+    """Tell what a perf.data, pcap or pcapng file holds."""
+    from rxlab.pipeline import inspect_file
+
+    found = inspect_file(file)
+    if as_json:
+        _print_json(found)
+    else:
+        for key, value in found.items():
+            print(f"{key}: {value if not isinstance(value, dict) else json.dumps(value)}")
+
+
+@app.command()
+def show(
+    run: Path,
+    packet: Annotated[int | None, typer.Option(help="Frame number, as Wireshark shows it.")] = None,
+    slowest: Annotated[int, typer.Option(help="List the N slowest packets instead.")] = 0,
+) -> None:
+    """Print the life of one packet, hop by hop."""
+    from rxlab.pipeline import show_packets
+
+    print(show_packets(run, packet=packet, slowest=slowest))
+
+
+@app.command()
+def verify(run: Path, as_json: Json = False) -> None:
+    """Check the join against the workload's own log, byte sums and counters."""
+    from rxlab.pipeline import open_run, verification_text, verification_threshold
+
+    result = open_run(run).verify()
+    print(json.dumps(result, indent=1) if as_json else verification_text(result))
+    below = verification_threshold(result)
+    if below:
+        raise RefusedError(below, where=str(run))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories, or folders that hold some.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="HTML file to write.")] = Path("report.html"),
+) -> None:
+    """Write one self-contained HTML page about runs."""
+    from rxlab.pipeline import report_runs
+
+    print(f"report: {report_runs(runs, out)}")
+
+
+@app.command()
+def restore() -> None:
+    """Put back what an rxlab that died had changed: settings, namespaces, helper processes."""
+    from rxlab.host.journal import restore as restore_host
+
+    done = restore_host()
+    for line in done.lines() or ["nothing to restore"]:
+        print(line)
+    if not done.ok:
+        raise typer.Exit(1)
+
+
+@host_app.command("show")
+def host_show(iface: Iface = None, as_json: Json = False) -> None:
+    """Print CPUs, interfaces, queues, their IRQs, and every setting rxlab knows."""
+    from rxlab.host.topology import snapshot_host
+    from rxlab.pipeline import host_text
+
+    snapshot = snapshot_host(iface)
+    if as_json:
+        _print_json(snapshot)
+    else:
+        print(host_text(snapshot))
+
+
+def _settings(pairs: list[str] | None) -> dict[str, str]:
+    """Return ``["rps_cpus=0,2"]`` as a dict."""
+    settings = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise UsageError("setting is not KEY=VALUE", where="--set", found=repr(pair), expected="e.g. rps_cpus=0,2")
+        settings[key.strip()] = value.strip()
+    return settings
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _print_json(content: Any) -> None:
+    print(json.dumps(content, indent=1, default=str))
 
 
 def main() -> None:
-    """Run the command line."""
-    raise SystemExit("not built yet")
+    """Run the command line; a user's mistake is one line on stderr, never a traceback."""
+    try:
+        app()
+    except RxlabError as error:
+        print(f"rxlab: {error.line()}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except BrokenPipeError:
+        # The reader of our output left (`rxlab show ... | head`): nothing is wrong.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"rxlab: {where}{error.strerror or error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("rxlab: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
