@@ -1,0 +1,346 @@
+"""Numba kernels that copy tracepoint fields out of samples into typed columns.
+
+The layout of the fields is passed as a table, so that one compiled kernel serves every recording. Columns live in one
+allocation, addressed in units of their item size through views of 1, 2, 4 and 8 bytes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import int64, uint8, uint16, uint32, uint64
+
+from rxlab.read.perfattr import L_CALLCHAIN, L_RAW, L_READ, L_TAIL
+from rxlab.read.perfrecords import BLOCK, jit, read_u16, read_u32, read_u64
+
+# Rows of the field table.
+F_KIND, F_OFFSET, F_SIZE, F_COUNT, F_BASE, F_TEXT = range(6)
+FIELD_COLUMNS = 6
+
+# F_KIND: copies of a scalar by size; of a u32/u64 word of the sample's fixed part; text; elements; variable parts.
+K_U8, K_U16, K_U32, K_U64, K_SAMPLE_U32, K_SAMPLE_U64, K_TEXT, K_TEXT8, K_ARRAY, K_LOC, K_REL_LOC, K_REST = range(12)
+
+# Codes of one thread's dictionary; the thread's number is above these bits.
+CODE_BITS = 26
+
+# State of the dictionary of variable fields, and how a gather ended.
+D_ENTRIES, D_POOL = range(2)
+
+
+@jit
+def read_part_length(buffer, at, room, read_format, big):
+    """Return the bytes of the READ part of a sample, -1 when it does not fit; see struct read_format in perf_event.h."""
+    times = int64(read_format & 1) + int64(read_format >> 1 & 1)
+    per_value = 1 + int64(read_format >> 2 & 1) + int64(read_format >> 4 & 1)
+    if not read_format & 8:
+        length = 8 * (times + per_value)
+        return length if length <= room else -1
+    if room < 8:
+        return -1
+    n_values = read_u64(buffer, at, big)
+    if n_values > uint64(room // 8):
+        return -1
+    length = 8 * (1 + times + int64(n_values) * per_value)
+    return length if length <= room else -1
+
+
+@jit
+def raw_span(buffer, at, layout, big):
+    """Return first byte and length of the raw part of the sample at `at`; (-1, 0) when there is none or it does not fit."""
+    end = at + int64(read_u16(buffer, at + 6, big))
+    position = at + layout[L_TAIL]
+    if not layout[L_RAW]:
+        return int64(-1), int64(0)
+    if layout[L_READ]:
+        length = read_part_length(buffer, position, end - position, layout[L_READ] - 1, big)
+        if length < 0:
+            return int64(-1), int64(0)
+        position += length
+    if layout[L_CALLCHAIN]:
+        if end - position < 8:
+            return int64(-1), int64(0)
+        n_frames = read_u64(buffer, position, big)
+        if n_frames > uint64((end - position) // 8 - 1):
+            return int64(-1), int64(0)
+        position += 8 + 8 * int64(n_frames)
+    if end - position < 4:
+        return int64(-1), int64(0)
+    length = int64(read_u32(buffer, position, big))
+    position += 4
+    if length > end - position:
+        return int64(-1), int64(0)
+    return position, length
+
+
+@jit
+def copy_text8(buffer, source, words, target, arena64):
+    """Copy a char array of `words` 8-byte words up to its NUL, zeros after it (little-endian hosts)."""
+    ended = False
+    for word in range(words):
+        value = uint64(0)
+        if not ended:
+            value = read_u64(buffer, source + 8 * word, False)
+            zeros = (value - uint64(0x0101010101010101)) & ~value & uint64(0x8080808080808080)
+            if zeros != uint64(0):
+                lowest = zeros & (~zeros + uint64(1))
+                value &= (lowest >> uint64(7)) - uint64(1)
+                ended = True
+        arena64[uint64(target + word)] = value
+
+
+@jit
+def copy_text(buffer, source, size, target, arena8):
+    """Copy a char array up to its NUL, zeros after it."""
+    ended = source < 0
+    for k in range(size):
+        letter = uint8(0)
+        if not ended:
+            letter = buffer[uint64(source + k)]
+            ended = letter == uint8(0)
+        arena8[uint64(target + k)] = letter
+
+
+@jit
+def copy_elements(buffer, source, row, field, arenas, big):
+    """Copy the elements of one array field of one row; zeros when `source` is -1."""
+    size, count = field[F_SIZE], field[F_COUNT]
+    base = field[F_BASE] + row * count
+    for k in range(count):
+        at = source + k * size
+        if size == 1:
+            arenas[0][uint64(base + k)] = uint8(0) if source < 0 else buffer[uint64(at)]
+        elif size == 2:
+            arenas[1][uint64(base + k)] = uint16(0) if source < 0 else uint16(read_u16(buffer, at, big))
+        elif size == 4:
+            arenas[2][uint64(base + k)] = uint32(0) if source < 0 else uint32(read_u32(buffer, at, big))
+        else:
+            arenas[3][uint64(base + k)] = uint64(0) if source < 0 else read_u64(buffer, at, big)
+
+
+@jit
+def variable_span(buffer, raw, raw_size, field, big):
+    """Return first byte and length of a __data_loc, __rel_loc or [] part, (-1, 0) when it lies outside the raw bytes."""
+    offset = field[F_OFFSET]
+    if field[F_KIND] == K_REST:
+        return (raw + offset, raw_size - offset) if offset <= raw_size else (int64(-1), int64(0))
+    if offset + 4 > raw_size:
+        return int64(-1), int64(0)
+    pointer = int64(read_u32(buffer, raw + offset, big))
+    first, length = pointer & 0xFFFF, pointer >> 16
+    if field[F_KIND] == K_REL_LOC:  # counted from the end of the pointer itself
+        first += offset + 4
+    if first + length > raw_size:
+        return int64(-1), int64(0)
+    return raw + first, length
+
+
+@jit
+def encode(buffer, source, length, number, dictionary):
+    """Return the code of some bytes in the dictionary of field `number`, adding them; -1 when the dictionary is full."""
+    slots, hashes, owners, firsts, lengths, pool, state = dictionary
+    digest = uint64(14695981039346656037) ^ uint64(number + 1)
+    for k in range(length):
+        digest = (digest ^ uint64(buffer[uint64(source + k)])) * uint64(1099511628211)
+    mask = uint64(slots.size - 1)
+    slot = (digest ^ digest >> uint64(32)) & mask
+    while slots[slot] >= 0:
+        entry = slots[slot]
+        if hashes[entry] == digest and owners[entry] == number and lengths[entry] == length:
+            is_same = True
+            for k in range(length):
+                if pool[uint64(firsts[entry] + k)] != buffer[uint64(source + k)]:
+                    is_same = False
+                    break
+            if is_same:
+                return entry
+        slot = (slot + uint64(1)) & mask
+    entry = state[D_ENTRIES]
+    if entry == owners.size or state[D_POOL] + length > pool.size:
+        return int64(-1)
+    slots[slot], hashes[entry], owners[entry] = entry, digest, number
+    firsts[entry], lengths[entry] = state[D_POOL], length
+    for k in range(length):
+        pool[uint64(state[D_POOL] + k)] = buffer[uint64(source + k)]
+    state[D_ENTRIES], state[D_POOL] = entry + 1, state[D_POOL] + length
+    return int64(entry)
+
+
+@jit
+def rebuild_slots(hashes, n_entries, slots):
+    """Fill `slots` (all -1) of a grown dictionary from the digests of its entries."""
+    mask = uint64(slots.size - 1)
+    for entry in range(n_entries):
+        slot = (hashes[entry] ^ hashes[entry] >> uint64(32)) & mask
+        while slots[slot] >= 0:
+            slot = (slot + uint64(1)) & mask
+        slots[slot] = entry
+
+
+@jit
+def gather_variable(buffer, spans, rows, field, number, arena32, dictionary, code_base, big):
+    """Write the dictionary codes of one variable field for one block; return False when the dictionary is full."""
+    raws, sizes = spans
+    for i in range(rows.size):
+        code = int64(-1)
+        if raws[i] >= 0:
+            source, length = variable_span(buffer, raws[i], sizes[i], field, big)
+            if source >= 0:
+                if field[F_TEXT]:
+                    end = int64(0)
+                    while end < length and buffer[uint64(source + end)] != uint8(0):
+                        end += 1
+                    length = end
+                entry = encode(buffer, source, length, number, dictionary)
+                if entry < 0:
+                    return False
+                code = entry + code_base
+        arena32[uint64(field[F_BASE] + rows[i])] = uint32(code & 0xFFFFFFFF)
+    return True
+
+
+@jit
+def gather_scalar(buffer, sources, rows, kind, base, arenas, big):
+    """Copy one scalar per sample of a block; zeros where a source is -1."""
+    if kind == K_U8:
+        for i in range(rows.size):
+            arenas[0][uint64(base + rows[i])] = uint8(0) if sources[i] < 0 else buffer[uint64(sources[i])]
+    elif kind == K_U16:
+        for i in range(rows.size):
+            arenas[1][uint64(base + rows[i])] = (
+                uint16(0) if sources[i] < 0 else uint16(read_u16(buffer, sources[i], big))
+            )
+    elif kind in (K_U32, K_SAMPLE_U32):
+        for i in range(rows.size):
+            arenas[2][uint64(base + rows[i])] = (
+                uint32(0) if sources[i] < 0 else uint32(read_u32(buffer, sources[i], big))
+            )
+    else:
+        for i in range(rows.size):
+            arenas[3][uint64(base + rows[i])] = uint64(0) if sources[i] < 0 else read_u64(buffer, sources[i], big)
+
+
+@jit
+def gather_text(buffer, sources, rows, field, arenas):
+    """Copy one char array per sample of a block."""
+    size, base = field[F_SIZE], field[F_BASE]
+    if field[F_KIND] == K_TEXT8:
+        for i in range(rows.size):
+            target = base + rows[i] * (size // 8)
+            if sources[i] < 0:
+                for word in range(size // 8):
+                    arenas[3][uint64(target + word)] = uint64(0)
+            else:
+                copy_text8(buffer, sources[i], size // 8, target, arenas[3])
+    else:
+        for i in range(rows.size):
+            copy_text(buffer, sources[i], size, base + rows[i] * size, arenas[0])
+
+
+@jit
+def gather_event(buffer, starts, spans, rows, fields, numbers, arenas, dictionary, code_base, big):
+    """Copy fields `numbers` (first, last) for one event's samples of one block; return (values missing, dictionary had room)."""
+    raws, sizes = spans
+    sources = np.empty(rows.size, np.int64)
+    n_short = int64(0)
+    for number in range(numbers[0], numbers[1]):
+        field = fields[number]
+        kind = field[F_KIND]
+        if kind in (K_LOC, K_REL_LOC, K_REST):
+            if not gather_variable(buffer, spans, rows, field, number, arenas[2], dictionary, code_base, big):
+                return n_short, False
+            continue
+        if kind in (K_SAMPLE_U32, K_SAMPLE_U64):
+            for i in range(rows.size):
+                sources[i] = starts[i] + field[F_OFFSET]
+        else:
+            last = field[F_OFFSET] + field[F_SIZE] * field[F_COUNT]
+            for i in range(rows.size):
+                fits = raws[i] >= 0 and last <= sizes[i]
+                sources[i] = raws[i] + field[F_OFFSET] if fits else int64(-1)
+                n_short += int64(not fits)
+        if kind in (K_TEXT, K_TEXT8):
+            gather_text(buffer, sources, rows, field, arenas)
+        elif kind == K_ARRAY:
+            for i in range(rows.size):
+                copy_elements(buffer, sources[i], rows[i], field, arenas, big)
+        else:
+            gather_scalar(buffer, sources, rows, kind, field[F_BASE], arenas, big)
+    return n_short, True
+
+
+@jit
+def gather_samples(buffer, big, samples, span, tables, arenas, dictionary, code_base):
+    """Copy the wanted fields of samples ``span[0]`` up to ``span[1]``, block by block while a block's bytes are in the cache.
+
+    Parameters
+    ----------
+    samples : tuple of arrays, dims (sample,)
+        start int64, event int16, row within the event int32.
+    tables : tuple of arrays
+        layouts (event, L_*), fields (field, F_*), first field of each event (events + 1; equal: event not wanted).
+    arenas : tuple of arrays
+        The columns' memory as uint8, uint16, uint32, uint64.
+    dictionary : tuple of arrays
+        See :func:`encode`.
+
+    Returns
+    -------
+    next_sample, n_short : int
+        `next_sample` < ``span[1]``: the dictionary was full; grow it and go on from there. Values that lay beyond their
+        sample's bytes, each set to zero.
+    """
+    starts, event, places = samples
+    layouts, fields, first_fields = tables
+    n_events = layouts.shape[0]
+    firsts = np.empty(n_events + 1, np.int64)
+    at, rows = np.empty(BLOCK, np.int64), np.empty(BLOCK, np.int64)
+    raws, sizes = np.empty(BLOCK, np.int64), np.empty(BLOCK, np.int64)
+    n_short = int64(0)
+    begin = int64(span[0])
+    while begin < span[1]:
+        stop = min(begin + BLOCK, int64(span[1]))
+        bucket_samples(buffer, big, samples, (begin, stop), layouts, first_fields, firsts, (at, rows, raws, sizes))
+        for number in range(n_events):
+            one, end = firsts[number], firsts[number + 1]
+            if one == end:
+                continue
+            wanted = (first_fields[number], first_fields[number + 1])
+            spans = (raws[one:end], sizes[one:end])
+            missing, has_room = gather_event(
+                buffer, at[one:end], spans, rows[one:end], fields, wanted, arenas, dictionary, code_base, big
+            )
+            if not has_room:
+                return begin, n_short
+            n_short += missing
+        begin = stop
+    return begin, n_short
+
+
+@jit
+def bucket_samples(buffer, big, samples, span, layouts, first_fields, firsts, buckets):
+    """Group the wanted samples of one block by event and find their raw parts."""
+    starts, event, places = samples
+    at, rows, raws, sizes = buckets
+    firsts[:] = 0
+    for i in range(span[0], span[1]):
+        number = event[i]
+        if number >= 0 and first_fields[number] < first_fields[number + 1]:
+            firsts[number + 1] += 1
+    for number in range(firsts.size - 1):
+        firsts[number + 1] += firsts[number]
+    cursor = firsts[:-1].copy()
+    for i in range(span[0], span[1]):
+        number = event[i]
+        if number >= 0 and first_fields[number] < first_fields[number + 1]:
+            k = cursor[number]
+            cursor[number] = k + 1
+            at[k], rows[k] = starts[i], places[i]
+            raws[k], sizes[k] = raw_span(buffer, starts[i], layouts[number], big)
+
+
+@jit
+def remap_codes(codes, map_by_thread):
+    """Replace thread-local codes (thread in the upper bits) by final ones; `map_by_thread` dims (thread, entry)."""
+    for i in range(codes.size):
+        code = codes[i]
+        if code >= 0:
+            codes[i] = map_by_thread[code >> CODE_BITS, code & (1 << CODE_BITS) - 1]

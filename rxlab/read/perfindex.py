@@ -1,0 +1,193 @@
+"""The index of a recording: what each sample is and where it goes, before any field is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from rxlab.errors import UsageError
+from rxlab.read import perfrecords as rec
+from rxlab.read.perfattr import LAYOUT_COLUMNS, SAMPLE_READ
+from rxlab.read.perffile import PerfFile, Segment
+
+# Above this spread of CPU numbers they are damage, and a general sort orders the samples.
+MAX_CPUS = 1 << 16
+MAX_SAMPLES = (1 << 31) - 1
+
+
+@dataclass
+class Samples:
+    """Samples in file order, over all segments.
+
+    Attributes
+    ----------
+    time : int64 array, dims (sample,), ns of the recording's clock, -1 where not recorded
+    cpu : int32 array, dims (sample,), -1 where not recorded
+    event : int16 array, dims (sample,)
+        Event number; -1: unknown id or too short; -2: dropped duplicate.
+    start : int64 array, dims (sample,)
+        First byte of the record in its segment.
+    firsts : list of int
+        First sample of each segment, and the total.
+    """
+
+    time: np.ndarray
+    cpu: np.ndarray
+    event: np.ndarray
+    start: np.ndarray
+    firsts: list[int]
+
+
+@dataclass
+class Index:
+    """Where each sample is in the file and in the columns of its event.
+
+    Attributes
+    ----------
+    start, event : arrays, dims (sample,)
+        As in :class:`Samples`.
+    place : int32 array, dims (sample,)
+        Row within the event, in time order.
+    segments : list of int
+        First sample of each segment, and the total.
+    rows : int64 array, dims (events + 1,)
+        Where each event's part of `time`, `cpu` and `rank` begins.
+    time, cpu, rank : arrays, dims (row,)
+        The columns of all events, one event after the other.
+    duplicates, unknown : int
+        Samples dropped because their bytes repeat; because no event has their id or they are too short.
+    """
+
+    start: np.ndarray
+    event: np.ndarray
+    place: np.ndarray
+    segments: list[int]
+    rows: np.ndarray
+    time: np.ndarray
+    cpu: np.ndarray
+    rank: np.ndarray
+    duplicates: int
+    unknown: int
+
+
+class Tables:
+    """The recording's events as the kernels take them: id table and layouts.
+
+    Parameters
+    ----------
+    perf : PerfFile
+    """
+
+    def __init__(self, perf: PerfFile) -> None:
+        attrs = perf.events.attrs
+        self.layouts = np.array([attr.layout() for attr in attrs], np.int64).reshape(len(attrs), LAYOUT_COLUMNS)
+        ids = {sample_id: number for sample_id, number in perf.events.ids.items() if sample_id}
+        # The table is a quarter full at most. One event needs no id, as in perf.
+        self.keys = np.zeros(1 << max(4, (4 * len(ids)).bit_length()), np.uint64)
+        self.events = np.zeros(self.keys.size, np.int64)
+        for sample_id, number in ids.items():
+            slot = rec.find_slot(self.keys, np.uint64(sample_id))
+            self.keys[slot], self.events[slot] = sample_id, number
+        self.id_position = attrs[0].id_position() if len(attrs) > 1 else -1
+        self.has_read = any(attr.sample_type & SAMPLE_READ for attr in attrs)
+
+
+def block_counts(segment: Segment) -> np.ndarray:
+    """Return the number of samples in each block of a segment."""
+    counts = np.full(segment.block_starts.size, rec.BLOCK, np.int64)
+    if counts.size:
+        counts[-1] = segment.n_samples - (counts.size - 1) * rec.BLOCK
+    return counts
+
+
+def read_samples(
+    perf: PerfFile, tables: Tables, blocks: list[np.ndarray] | None = None, *, threads: int = 2
+) -> Samples:
+    """Index the samples of some blocks.
+
+    Parameters
+    ----------
+    perf, tables
+        The recording.
+    blocks : list of int arrays, optional
+        Block numbers wanted of each segment, ascending; all by default.
+    threads : int, optional
+    """
+    chosen = blocks if blocks is not None else [np.arange(segment.block_starts.size) for segment in perf.segments]
+    counts = [block_counts(segment)[numbers] for segment, numbers in zip(perf.segments, chosen, strict=True)]
+    firsts = [0, *np.cumsum([int(part.sum()) for part in counts]).tolist()]
+    total = firsts[-1]
+    if total > MAX_SAMPLES:
+        raise UsageError("too many samples for one pass", where=str(perf.path), found=f"{total}", do="Give chunks=.")
+    out = (np.empty(total, np.int64), np.empty(total, np.int32), np.empty(total, np.int16), np.empty(total, np.int64))
+    jobs = []
+    for segment, numbers, part, first in zip(perf.segments, chosen, counts, firsts, strict=False):
+        for piece in np.array_split(np.arange(numbers.size), max(1, threads)):
+            begin = first + int(part[: piece[0]].sum()) if piece.size else first
+            views = tuple(column[begin : begin + int(part[piece].sum())] for column in out)
+            jobs.append((segment, segment.block_starts[numbers[piece]], part[piece], views))
+
+    def run(job: tuple) -> None:
+        segment, starts, sizes, views = job
+        ids = (tables.keys, tables.events)
+        rec.index_blocks(
+            segment.buffer, segment.end, perf.big, starts, sizes, ids, tables.id_position, tables.layouts, views
+        )
+
+    run_all(run, [job for job in jobs if job[1].size], threads)
+    return Samples(*out, firsts)
+
+
+def run_all(function, jobs: Iterable, threads: int) -> list:
+    """Run a function that releases the interpreter's lock over jobs, on some threads; raise the first error."""
+    jobs = list(jobs)
+    if threads <= 1 or len(jobs) <= 1:
+        return [function(job) for job in jobs]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(function, jobs))
+
+
+def order_samples(samples: Samples) -> np.ndarray:
+    """Return the numbers of the known samples in the order (time, cpu, file position)."""
+    known = samples.event >= 0
+    n_known = int(known.sum())
+    if n_known == 0:
+        return np.empty(0, np.int32)
+    lowest, highest = int(samples.cpu.min()), int(samples.cpu.max())
+    if highest - lowest >= MAX_CPUS:
+        order = np.lexsort((samples.cpu, samples.time))
+        return order[known[order]].astype(np.int32)
+    firsts = np.zeros(highest - lowest + 2, np.int64)
+    rows = np.empty(n_known, np.int32)
+    rec.split_by_cpu(samples.cpu, samples.event, lowest, firsts, rows)
+    for first, last in zip(firsts[:-1].tolist(), firsts[1:].tolist(), strict=True):
+        group = rows[first:last]
+        # Ring buffers are in time order but for a few samples taken in interrupts; a per-thread recording is not.
+        if group.size and not rec.sort_nearly_sorted(samples.time, group, 4 * group.size + 1024):
+            group.sort()
+            group[:] = group[np.argsort(samples.time[group], kind="stable")]
+    order = np.empty(n_known, np.int32)
+    rec.merge_cpus(samples.time, rows, firsts, order)
+    return order
+
+
+def build_index(perf: PerfFile, samples: Samples, *, first_rank: int = 0) -> Index:
+    """Order samples, drop exact duplicates and give each its row."""
+    order = order_samples(samples)
+    duplicates = 0
+    for segment, low, high in zip(perf.segments, samples.firsts[:-1], samples.firsts[1:], strict=True):
+        if high > low:
+            duplicates += rec.mark_duplicates(
+                segment.buffer, perf.big, low, high, order, samples.time, samples.cpu, samples.event, samples.start
+            )
+    n_events = len(perf.events.names)
+    counts = np.bincount(samples.event[samples.event >= 0], minlength=n_events)
+    rows = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    columns = (np.empty(rows[-1], np.int64), np.empty(rows[-1], np.int32), np.empty(rows[-1], np.int64))
+    place = np.empty(samples.event.size, np.int32)
+    rec.assign_rows(order, (samples.time, samples.cpu, samples.event), rows[:-1], first_rank, place, columns)
+    unknown = int((samples.event == -1).sum())
+    return Index(samples.start, samples.event, place, samples.firsts, rows, *columns, duplicates, unknown)

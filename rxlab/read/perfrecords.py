@@ -1,0 +1,359 @@
+"""Numba kernels that walk perf.data records: where the records are, what each sample is, and their order in time.
+
+All kernels read bytes one by one and put integers together by arithmetic: alignment and the byte order of the host do not
+matter, ``NUMBA_BOUNDSCHECK=1`` checks each access, and LLVM makes one load of it. Sizes found in the file are compared with
+the end of the buffer before use.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, uint64
+
+from rxlab.read.perfattr import L_CPU, L_MIN_SIZE, L_TIME
+
+# Samples per block: the unit of splitting between threads, of windows and of the gather.
+BLOCK = 8192
+
+# include/uapi/linux/perf_event.h and tools/lib/perf/include/perf/event.h: enum perf_event_type, perf_user_event_type
+RECORD_LOST, RECORD_SAMPLE, RECORD_LOST_SAMPLES = 2, 9, 13
+RECORD_HEADER_ATTR, RECORD_EVENT_TYPE, RECORD_TRACING_DATA, RECORD_AUXTRACE = 64, 65, 66, 71
+RECORD_EVENT_UPDATE, RECORD_FEATURE, RECORD_COMPRESSED, RECORD_COMPRESSED2 = 78, 80, 81, 83
+
+# Where a walk stands, so that it can be resumed when an array was too small.
+S_AT, S_SAMPLES, S_BLOCKS, S_OTHERS, S_STATUS = range(5)
+DONE, FULL, DAMAGED = 0, 1, 2
+
+HASH_FACTOR = uint64(0x9E3779B97F4A7C15)
+
+jit = njit(cache=True, nogil=True)
+
+
+@jit
+def read_u16(buffer, at, big):
+    """Return the u16 at byte `at`."""
+    i = uint64(at)
+    if big:
+        return uint64(buffer[i]) << uint64(8) | uint64(buffer[i + uint64(1)])
+    return uint64(buffer[i]) | uint64(buffer[i + uint64(1)]) << uint64(8)
+
+
+@jit
+def read_u32(buffer, at, big):
+    """Return the u32 at byte `at`."""
+    i, value = uint64(at), uint64(0)
+    if big:
+        for k in range(4):
+            value |= uint64(buffer[i + uint64(k)]) << uint64(24 - 8 * k)
+    else:
+        for k in range(4):
+            value |= uint64(buffer[i + uint64(k)]) << uint64(8 * k)
+    return value
+
+
+@jit
+def read_u64(buffer, at, big):
+    """Return the u64 at byte `at`."""
+    i, value = uint64(at), uint64(0)
+    if big:
+        for k in range(8):
+            value |= uint64(buffer[i + uint64(k)]) << uint64(56 - 8 * k)
+    else:
+        for k in range(8):
+            value |= uint64(buffer[i + uint64(k)]) << uint64(8 * k)
+    return value
+
+
+@jit
+def record_length(buffer, at, end, big):
+    """Return the bytes a record takes with what follows it outside its size, or -1 when it does not fit before `end`."""
+    if at + 8 > end:
+        return -1
+    kind = read_u32(buffer, at, big)
+    size = np.int64(read_u16(buffer, at + 6, big))
+    room = end - at
+    if kind == RECORD_COMPRESSED2:
+        # Its u16 size overflows for more than 65,519 bytes: data_size rules.
+        if room < 16:
+            return -1
+        stated = read_u64(buffer, at + 8, big)
+        if stated > uint64(room - 16):
+            return -1
+        length = (16 + np.int64(stated) + 7) // 8 * 8
+        return length if length <= room else room
+    if size < 8 or size > room:
+        return -1
+    if kind == RECORD_TRACING_DATA and size >= 12:
+        follows = (np.int64(read_u32(buffer, at + 8, big)) + 7) // 8 * 8
+        return size + follows if follows <= room - size else -1
+    if kind == RECORD_AUXTRACE and size >= 16:
+        stated = read_u64(buffer, at + 8, big)
+        return size + np.int64(stated) if stated <= uint64(room - size) else -1
+    return size
+
+
+@jit
+def scan_records(buffer, end, big, state, block_starts, other_starts):
+    """Walk all records: note the start of every BLOCK-th sample and of each record that is no sample.
+
+    Resumable: returns with ``state[S_STATUS] == FULL`` when an array is full.
+    """
+    at, n_samples, n_blocks, n_others = state[S_AT], state[S_SAMPLES], state[S_BLOCKS], state[S_OTHERS]
+    status = DONE
+    while at < end:
+        if at + 8 <= end and read_u32(buffer, at, big) == RECORD_SAMPLE:
+            length = np.int64(read_u16(buffer, at + 6, big))
+            if length < 8 or length > end - at:
+                status = DAMAGED
+                break
+            if n_samples % BLOCK == 0:
+                if n_blocks == block_starts.size:
+                    status = FULL
+                    break
+                block_starts[n_blocks] = at
+                n_blocks += 1
+            n_samples += 1
+        else:
+            length = record_length(buffer, at, end, big)
+            if length < 0:
+                status = DAMAGED
+                break
+            if n_others == other_starts.size:
+                status = FULL
+                break
+            other_starts[n_others] = at
+            n_others += 1
+        at += length
+    state[S_AT], state[S_SAMPLES], state[S_BLOCKS], state[S_OTHERS] = at, n_samples, n_blocks, n_others
+    state[S_STATUS] = status
+
+
+@jit
+def find_slot(keys, key):
+    """Return the slot of `key` in an open-addressing table of a power of two of non-zero keys, or of the hole it would take."""
+    mask = uint64(keys.size - 1)
+    slot = (key * HASH_FACTOR >> uint64(32)) & mask
+    while keys[slot] != key and keys[slot] != uint64(0):
+        slot = (slot + uint64(1)) & mask
+    return slot
+
+
+@jit
+def event_of(buffer, at, size, big, id_position, id_keys, id_events):
+    """Return the event number of the sample at `at`, -1 when its id is unknown."""
+    if id_position < 0:
+        return 0
+    if id_position + 8 > size:
+        return -1
+    key = read_u64(buffer, at + id_position, big)
+    if key == uint64(0):
+        return 0
+    slot = find_slot(id_keys, key)
+    return id_events[slot] if id_keys[slot] == key else -1
+
+
+@jit
+def index_blocks(buffer, end, big, starts, counts, ids, id_position, layouts, out):
+    """Fill time, cpu, event and record start of the samples of some blocks, in file order.
+
+    Parameters
+    ----------
+    starts, counts : int64 arrays, dims (block,)
+        First sample record and number of samples of each block.
+    ids : tuple of (uint64 array, int64 array)
+        Open-addressing table of sample ids and their events.
+    out : tuple of arrays, dims (sample,)
+        time int64 (-1: none), cpu int32 (-1: none), event int16 (-1: unknown id or too short), start int64.
+    """
+    time, cpu, event, start = out
+    row = 0
+    for block in range(starts.size):
+        at, left = starts[block], counts[block]
+        while left > 0:
+            if read_u32(buffer, at, big) != RECORD_SAMPLE:
+                at += record_length(buffer, at, end, big)
+                continue
+            size = np.int64(read_u16(buffer, at + 6, big))
+            number = event_of(buffer, at, size, big, id_position, ids[0], ids[1])
+            if number >= 0 and size < layouts[number, L_MIN_SIZE]:
+                number = -1
+            stamp, on_cpu = np.int64(-1), np.int32(-1)
+            if number >= 0:
+                if layouts[number, L_TIME] >= 0:
+                    stamp = np.int64(read_u64(buffer, at + layouts[number, L_TIME], big))
+                if layouts[number, L_CPU] >= 0:
+                    on_cpu = np.int32(read_u32(buffer, at + layouts[number, L_CPU], big))
+            time[row], cpu[row], event[row], start[row] = stamp, on_cpu, number, at
+            row += 1
+            left -= 1
+            at += size
+
+
+@jit
+def split_by_cpu(cpu, event, lowest, firsts, rows):
+    """Put the row numbers of known samples into `rows`, grouped by CPU, in file order within each.
+
+    `firsts` (CPUs + 1) must hold zeros; it returns where each CPU's group begins.
+    """
+    for i in range(cpu.size):
+        if event[i] >= 0:
+            firsts[cpu[i] - lowest + 1] += 1
+    for group in range(firsts.size - 1):
+        firsts[group + 1] += firsts[group]
+    cursor = firsts[:-1].copy()
+    for i in range(cpu.size):
+        if event[i] >= 0:
+            group = cpu[i] - lowest
+            rows[cursor[group]] = i
+            cursor[group] += 1
+
+
+@jit
+def sort_nearly_sorted(time, rows, budget):
+    """Insertion-sort `rows` by time, stable; return False when it takes more than `budget` moves (then they are unsorted)."""
+    for i in range(1, rows.size):
+        row = rows[i]
+        stamp = time[row]
+        j = i - 1
+        while j >= 0 and time[rows[j]] > stamp:
+            rows[j + 1] = rows[j]
+            j -= 1
+            budget -= 1
+            if budget < 0:
+                rows[j + 1] = row
+                return False
+        rows[j + 1] = row
+    return True
+
+
+@jit
+def sift_down(heap_times, heap_groups, n, i):
+    """Restore the heap order (time, group) from node `i` on."""
+    stamp, group = heap_times[i], heap_groups[i]
+    while True:
+        child = 2 * i + 1
+        if child >= n:
+            break
+        right = child + 1
+        if right < n and (
+            heap_times[right] < heap_times[child]
+            or (heap_times[right] == heap_times[child] and heap_groups[right] < heap_groups[child])
+        ):
+            child = right
+        if heap_times[child] > stamp or (heap_times[child] == stamp and heap_groups[child] > group):
+            break
+        heap_times[i], heap_groups[i] = heap_times[child], heap_groups[child]
+        i = child
+    heap_times[i], heap_groups[i] = stamp, group
+
+
+@jit
+def merge_cpus(time, rows, firsts, order):
+    """Merge the sorted groups of `rows` into `order` by (time, CPU, file position)."""
+    n_groups = firsts.size - 1
+    heap_times = np.empty(n_groups, np.int64)
+    heap_groups = np.empty(n_groups, np.int64)
+    cursor = firsts[:-1].copy()
+    n = 0
+    for group in range(n_groups):
+        if cursor[group] < firsts[group + 1]:
+            heap_times[n], heap_groups[n] = time[rows[cursor[group]]], group
+            n += 1
+    for i in range(n // 2 - 1, -1, -1):
+        sift_down(heap_times, heap_groups, n, i)
+    done = 0
+    while n > 0:
+        group = heap_groups[0]
+        # The next group's stamp: up to there this group's run goes out without touching the heap.
+        limit, limit_group = np.iinfo(np.int64).max, n_groups
+        for child in range(1, min(3, n)):
+            if heap_times[child] < limit or (heap_times[child] == limit and heap_groups[child] < limit_group):
+                limit, limit_group = heap_times[child], heap_groups[child]
+        i, last = cursor[group], firsts[group + 1]
+        while i < last:
+            stamp = time[rows[i]]
+            if stamp > limit or (stamp == limit and group > limit_group):
+                break
+            order[done] = rows[i]
+            done += 1
+            i += 1
+        cursor[group] = i
+        if i == last:
+            n -= 1
+            heap_times[0], heap_groups[0] = heap_times[n], heap_groups[n]
+        else:
+            heap_times[0] = time[rows[i]]
+        if n > 1:
+            sift_down(heap_times, heap_groups, n, 0)
+    return done
+
+
+@jit
+def mark_duplicates(buffer, big, lowest_row, highest_row, order, time, cpu, event, start):
+    """Set ``event`` to -2 for each sample whose record repeats, byte for byte, one just before it in order; count them.
+
+    Only neighbours of equal time and CPU are compared, at most 16 of them: a run of ties longer than that is no recording.
+    """
+    found = 0
+    for i in range(1, order.size):
+        row = order[i]
+        if row < lowest_row or row >= highest_row or time[row] == -1:
+            continue
+        for back in range(1, min(16, i) + 1):
+            other = order[i - back]
+            if time[other] != time[row] or cpu[other] != cpu[row]:
+                break
+            if other < lowest_row or other >= highest_row or event[other] != event[row] or start[other] == start[row]:
+                continue
+            if same_bytes(buffer, start[row], start[other], big):
+                event[row] = -2
+                found += 1
+                break
+    return found
+
+
+@jit
+def same_bytes(buffer, one, other, big):
+    """Tell whether two records are equal."""
+    size = np.int64(read_u16(buffer, one + 6, big))
+    if size != np.int64(read_u16(buffer, other + 6, big)):
+        return False
+    for k in range(size):  # noqa: SIM110 -- numba compiles no all()
+        if buffer[uint64(one + k)] != buffer[uint64(other + k)]:
+            return False
+    return True
+
+
+@jit
+def assign_rows(order, samples, firsts, first_rank, places, columns):
+    """Give each sample its row within its event and write the columns known so far, in time order.
+
+    Parameters
+    ----------
+    order : int32 array
+        Sample numbers by time.
+    samples : tuple of arrays, dims (sample,)
+        time, cpu, event; an event below 0 is left out and takes no rank.
+    firsts : int64 array, dims (event,)
+        Where each event's part of the columns begins.
+    places : int32 array, dims (sample,)
+        Filled: row within the event.
+    columns : tuple of arrays
+        Filled: time, cpu, rank, the events one after the other.
+    """
+    time, cpu, event = samples
+    out_time, out_cpu, out_rank = columns
+    cursor = np.zeros(firsts.size, np.int64)
+    rank = np.int64(first_rank)
+    for i in range(order.size):
+        row = order[i]
+        number = event[row]
+        if number < 0:
+            continue
+        place = cursor[number]
+        cursor[number] = place + 1
+        places[row] = place
+        at = firsts[number] + place
+        out_time[at], out_cpu[at], out_rank[at] = time[row], cpu[row], rank
+        rank += 1
+    return rank

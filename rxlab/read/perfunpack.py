@@ -1,0 +1,99 @@
+"""Compressed records (``perf record -z``): one zstd stream cut into records at any byte -> the records it held."""
+
+from __future__ import annotations
+
+import io
+import mmap
+import tempfile
+from typing import IO, cast
+
+import numpy as np
+
+from rxlab.read import perfrecords as rec
+
+# perf compresses ring-buffer pages at level 1: factors of 3 to 20 are usual, of a hundred unheard of. A stream that
+# grows more than this is a bomb and is cut here.
+MAX_FACTOR = 200
+ALWAYS_ALLOWED = 16 << 20
+CHUNK = 4 << 20
+
+# More than this goes to an unlinked temporary file instead of memory, so that a long recording fits a small machine.
+IN_MEMORY = 64 << 20
+
+
+class _Chunks(io.RawIOBase):
+    """The compressed pieces, in order, as one stream."""
+
+    def __init__(self, buffer: np.ndarray, spans: list[tuple[int, int]]) -> None:
+        self._buffer, self._spans, self._at = buffer, spans, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        if self._at == len(self._spans):
+            return b""
+        start, end = self._spans[self._at]
+        self._at += 1
+        return self._buffer[start:end].tobytes()
+
+
+class Unpacker:
+    """Collects the compressed records of one segment and unpacks them.
+
+    Parameters
+    ----------
+    big : bool
+        Byte order of the file.
+    """
+
+    def __init__(self, big: bool) -> None:
+        self._order: str = "big" if big else "little"
+        self._buffer = np.empty(0, np.uint8)
+        self._spans: list[tuple[int, int]] = []
+
+    @property
+    def n_records(self) -> int:
+        """Number of compressed records."""
+        return len(self._spans)
+
+    def add(self, buffer: np.ndarray, at: int, kind: int, size: int) -> None:
+        """Add the compressed record at `at`."""
+        self._buffer = buffer
+        if kind == rec.RECORD_COMPRESSED2:
+            length = int.from_bytes(buffer[at + 8 : at + 16].tobytes(), "big" if self._order == "big" else "little")
+            self._spans.append((at + 16, min(at + 16 + length, buffer.size)))
+        else:
+            self._spans.append((at + 8, at + size))
+
+    def unpack(self, feature: bytes | None) -> tuple[np.ndarray, str]:
+        """Return the unpacked bytes and what went wrong ('' when nothing did); damage ends them early."""
+        try:
+            import zstandard
+        except ImportError:
+            return np.empty(0, np.uint8), "records are compressed with zstd; pip install zstandard"
+        limit = ALWAYS_ALLOWED + MAX_FACTOR * sum(end - start for start, end in self._spans)
+        reader = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(
+            cast(IO[bytes], _Chunks(self._buffer, self._spans)), read_across_frames=True
+        )
+        problem, total = "", 0
+        with tempfile.SpooledTemporaryFile(IN_MEMORY) as store:
+            try:
+                while chunk := reader.read(CHUNK):
+                    total += len(chunk)
+                    if total > limit:
+                        problem = f"compressed records grow beyond {limit} bytes: cut there"
+                        break
+                    store.write(chunk)
+            except zstandard.ZstdError as error:
+                problem = f"damaged compressed record: {error}"
+            return _as_array(store), problem
+
+
+def _as_array(store: tempfile.SpooledTemporaryFile) -> np.ndarray:
+    size = store.tell()
+    if size <= IN_MEMORY:
+        store.seek(0)
+        return np.frombuffer(store.read(), np.uint8)
+    store.flush()
+    return np.frombuffer(mmap.mmap(store.fileno(), size, access=mmap.ACCESS_READ), np.uint8)
