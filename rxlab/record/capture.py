@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from rxlab.host.counters import difference, read_counters
 from rxlab.host.journal import Transaction, apply
 from rxlab.host.topology import local_identity, snapshot_host
 from rxlab.record.pcaprecord import PcapRecorder
-from rxlab.record.perfrecord import DEFAULT_PAGES, PerfRecorder
+from rxlab.record.perfrecord import DEFAULT_PAGES, PerfRecorder, tracing_folder
 from rxlab.record.spinner import all_cpus, start_spinners, stop_spinners
 from rxlab.record.testbed import NETNS_FOLDER, Endpoint, Testbed
 from rxlab.record.workload import Command, Traffic, Workload, open_traffic
@@ -63,6 +63,7 @@ class Recording:
     min_free: int = DEFAULT_MIN_FREE
     idle: str = "auto"
     idle_task_is_blind: bool | None = None
+    event_filters: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.arm not in ARMS:
@@ -128,7 +129,9 @@ def capture(
     min_free: int = DEFAULT_MIN_FREE,
     idle: str = "auto",
     idle_task_is_blind: bool | None = None,
+    event_filters: Mapping[str, str] | None = None,
     configuration: Mapping[str, Any] | None = None,
+    sweep: Mapping[str, Any] | None = None,
     transaction: Transaction | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> RunDir:
@@ -145,7 +148,7 @@ def capture(
     workload, command
         The traffic: built-in, or any command. Without either, live traffic is recorded for `duration` seconds.
     duration : float, optional
-        Seconds to record at most.
+        Seconds to record at most; the built-in workload sends no longer than that.
     attach : bool
         Live traffic only; nothing is sent.
     events : {"std", "min", "full", "pcap", "none"}
@@ -160,8 +163,12 @@ def capture(
         Bytes: the capture ends early, as partial, when the run grows above `max_size` or the disk has less than `min_free` left.
     idle : {"auto", "spin", "off"}
         Spinners (record/spinner.py); "auto" runs them unless `idle_task_is_blind` is False (what doctor's check found).
+    event_filters : mapping, optional
+        Tracepoint filters beside those of :data:`rxlab.stages.EVENT_FILTERS`, by event name.
     configuration : mapping, optional
         Settings in force, for the record.
+    sweep : mapping, optional
+        Which cell of a sweep this is, for the record.
     transaction : Transaction, optional
         Journal that helpers are registered with; one of its own when not given.
     progress : callable, optional
@@ -180,16 +187,21 @@ def capture(
     if events not in ARM_OF:
         raise UsageError(f"unknown event preset {events!r}", expected=", ".join(ARM_OF))
     recording = Recording(
-        ARM_OF[events], filter, snaplen, cpus, pages, max_size, min_free, idle, idle_task_is_blind
-    )  # fmt: skip
+        ARM_OF[events], filter, snaplen, cpus, pages, max_size, min_free, idle, idle_task_is_blind, event_filters or {}
+    )
     load = Command(command) if command else workload
+    if isinstance(load, Workload):
+        load = replace(load, duration=load.duration or duration).pinned()
+        duration = None
     if attach and load is not None:
         raise UsageError("--attach records what is there: it takes no workload and no command")
     if load is None and not duration:
         raise UsageError("nothing to record", expected="a workload, a command, or a duration")
+    check_tools(recording)
     dst = testbed.dst if testbed is not None else endpoint_of(iface, netns)
     folder = make_folder(Path(out))
-    run = first_record(recording, dst, testbed, load, configuration, duration)
+    run = first_record(recording, dst, testbed, load, duration)
+    run |= {"configuration": dict(configuration or {}), "sweep": dict(sweep) if sweep else None}
     with apply() if transaction is None else nullcontext(transaction) as journal:
         session = Session(folder, run, recording, dst, journal)
         session.save()
@@ -214,6 +226,15 @@ def endpoint_of(iface: str | None, netns: str | None) -> Endpoint:
     return Endpoint(name, iface, ipv4, ipv6)
 
 
+def check_tools(recording: Recording) -> None:
+    """Raise the one-line error for a tool or permission that is missing, before anything is made."""
+    wanted = (["tcpdump"] if recording.has_pcap else []) + (["perf"] if recording.events else [])
+    if missing := [tool for tool in wanted if shutil.which(tool) is None]:
+        raise CaptureError(f"not installed: {', '.join(missing)}", do="Run 'rxlab doctor' for the command that helps.")
+    if recording.events:
+        tracing_folder()
+
+
 def make_folder(out: Path) -> Path:
     """Make the run directory, for its owner only; refuse one that holds a run."""
     if (out / RUN_JSON).exists():
@@ -231,11 +252,9 @@ def first_record(
     dst: Endpoint,
     testbed: Testbed | None,
     load: Workload | Command | None,
-    configuration: Mapping[str, Any] | None,
     duration: float | None,
 ) -> dict[str, Any]:
     """Return run.json as it is before anything has happened."""
-    load = load.pinned() if isinstance(load, Workload) else load
     macs, addresses = local_identity(dst.iface, dst.netns)
     return {
         "status": "running",
@@ -248,7 +267,7 @@ def first_record(
         "local_addresses": addresses,
         "arm": recording.arm,
         "workload": load.describe() if load is not None else None,
-        "configuration": dict(configuration or {}),
+        "configuration": {},
         "start_ns": time.time_ns(),
         "stop_ns": None,
         "perf": None,
@@ -354,8 +373,13 @@ def start_recorders(session: Session) -> None:
     if recording.events:
         events = list(recording.events)
         session.perf = PerfRecorder(
-            session.out / PERF_DATA, events, recording.pages, recording.cpus, start_process
-        )  # fmt: skip
+            session.out / PERF_DATA,
+            events,
+            recording.pages,
+            recording.cpus,
+            start_process,
+            extra_filters=recording.event_filters,
+        )
         session.perf.start()
 
 
@@ -438,11 +462,11 @@ def conclude(session: Session) -> None:
     for who in ("client", "server"):
         if codes.get(f"{who}_exit_code") not in (0, None):
             session.problem(f"the workload's {who} ended with status {codes[f'{who}_exit_code']}")
+    got["settings"] = dict(session.transaction.got)
     got["seconds"] = (session.run["stop_ns"] - session.run["start_ns"]) / 1e9
     got["bytes"] = {entry.name: entry.stat().st_size for entry in sorted(session.out.iterdir()) if entry.is_file()}
-    notes = session.run["perf"]["lost"] if session.run["perf"] else None
-    if notes:
-        session.problem(f"perf lost {notes} events")
+    if session.run["perf"] and session.run["perf"]["lost"]:
+        session.problem(f"perf lost {session.run['perf']['lost']} events")
     session.run["status"] = "partial" if session.run["problems"] else "complete"
     keep(session, RUN_JSON, session.run)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import select
-import shutil
 import signal
 import subprocess
 import time
@@ -68,8 +67,6 @@ class PcapRecorder:
 
     def start(self) -> None:
         """Start tcpdump and return when it captures."""
-        if shutil.which("tcpdump") is None:
-            raise CaptureError("tcpdump is not installed", do="Install it: apt install tcpdump; or run 'rxlab doctor'.")
         self.process = self.start_process(
             self.argv(),
             stdin=subprocess.DEVNULL,

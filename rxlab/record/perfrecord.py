@@ -6,13 +6,12 @@ import mmap
 import os
 import re
 import select
-import shutil
 import signal
 import struct
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -86,6 +85,8 @@ class PerfRecorder:
         Ring buffer pages per CPU.
     cpus : str or None
         CPU list to record on; None: all.
+    extra_filters : mapping
+        Filters beside those of :data:`rxlab.stages.EVENT_FILTERS`.
     start_process : callable
         ``subprocess.Popen`` or :meth:`rxlab.host.journal.Transaction.start_process`.
     """
@@ -95,6 +96,7 @@ class PerfRecorder:
     pages: int = DEFAULT_PAGES
     cpus: str | None = None
     start_process: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen
+    extra_filters: Mapping[str, str] = field(default_factory=dict)
     missing_events: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     filters: dict[str, str] = field(default_factory=dict)
@@ -105,6 +107,7 @@ class PerfRecorder:
         if not self.events:
             raise CaptureError("none of the events asked for exists", found=", ".join(self.missing_events))
         self.filters = {event: expression for event in self.events if (expression := filter_of(event))}
+        self.filters |= {event: text for event, text in self.extra_filters.items() if event in self.events}
         for event in stages.EVENT_FILTERS.keys() & set(self.events) - self.filters.keys():
             self.problems.append(f"filter of {event} not used: this kernel's event lacks the field")
         self._fifos = [self.path.with_name(f".perf.{name}") for name in ("ctl", "ack")]
@@ -123,8 +126,6 @@ class PerfRecorder:
 
     def start(self) -> None:
         """Start perf and return when it records. Once without filters when the kernel refuses them."""
-        if shutil.which("perf") is None:
-            raise CaptureError("perf is not installed", do="Install it: apt install linux-perf; or run 'rxlab doctor'.")
         self._launch()
         if not self.command("enable") and self.filters and "filter" in self.stderr():
             self.problems.append(f"filters not used: {last_message(self.stderr())}")

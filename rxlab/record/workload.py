@@ -402,7 +402,7 @@ def remote_argv(remote: str, script_bytes: int, arguments: Sequence[str]) -> lis
 def wait_listening(process: subprocess.Popen[bytes], port: int) -> None:
     """Wait until a TCP or UDP socket in the namespace of `process` is bound to `port`."""
     deadline = time.monotonic() + READY_TIMEOUT
-    wanted = f":{port:04X} "
+    wanted = f":{port:04X}"
     while time.monotonic() < deadline:
         if process.poll() is not None:
             break
@@ -411,7 +411,8 @@ def wait_listening(process: subprocess.Popen[bytes], port: int) -> None:
                 lines = Path(f"/proc/{process.pid}/net/{table}").read_text().splitlines()
             except OSError:
                 continue
-            if any(wanted in line.split(":", 1)[1][:48] and line.split()[3] == state for line in lines[1:]):
+            rows = [line.split() for line in lines[1:]]
+            if any(row[1].endswith(wanted) and row[3] == state for row in rows):
                 return
         time.sleep(0.01)
     raise CaptureError(
