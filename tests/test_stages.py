@@ -126,3 +126,10 @@ def test_pages_that_show_the_table_show_this_one(repo: Path, page: str) -> None:
     if shown and shown[0].startswith("| # | stage |"):
         table = stages.markdown_table().splitlines()
         assert shown == [table[0], *table[2:]]
+
+
+def test_the_readmes_picture_shows_every_stage(repo: Path) -> None:
+    shown = re.findall(r">([a-z_]+)</text>", (repo / "docs" / "path.svg").read_text())
+    assert [name for name in shown if name in STAGE_INDEX] == list(STAGE_NAMES)
+    totals = {name for name in shown if name.endswith(("_latency", "_delay"))}
+    assert totals <= {name for name, *_ in TOTALS}
