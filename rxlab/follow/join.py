@@ -117,7 +117,7 @@ def join(
     position = _positions(received)
     is_tcp, is_udp = received["proto"] == TCP, received["proto"] == UDP
     payload = np.maximum(received["payload_len"].astype(np.int64), 0)
-    taken = consume(events, path, skb, received["directed_flow"], position, payload, is_tcp)
+    taken = consume(events, path, skb, received["directed_flow"], position, payload, is_tcp, is_udp)
     time, cpu, rank = (
         np.where((skb >= 0)[:, None], table[np.maximum(skb, 0)], missing)
         if len(table)

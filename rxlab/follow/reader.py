@@ -66,6 +66,7 @@ def consume(
     position: np.ndarray,
     payload_len: np.ndarray,
     is_tcp: np.ndarray,
+    is_udp: np.ndarray,
 ) -> Consumption:
     """Find for each packet the copy and the receive call that took its bytes.
 
@@ -78,7 +79,7 @@ def consume(
     position : int64 array, dims (packet,)
         Unwrapped sequence number of the first payload byte (TCP).
     payload_len : integer array, dims (packet,)
-    is_tcp : bool array, dims (packet,)
+    is_tcp, is_udp : bool arrays, dims (packet,)
     """
     receives = event_columns(events, "sock:sock_recv_length")
     if "family" in receives:
@@ -103,14 +104,24 @@ def consume(
     )
     if receives.n:
         _consume_streams(result, path, skb, flow, position, payload_len, is_tcp)
-        _consume_datagrams(result, path, skb, payload_len, ~is_tcp)
+        _consume_datagrams(result, events, path, skb, flow, payload_len, is_udp)
     return result
 
 
 def _copy_positions(
-    result: Consumption, path: KernelPath, skb: np.ndarray, flow: np.ndarray, position: np.ndarray, is_tcp: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return flow and stream position of each copy (flow -1 where its skb has no packet)."""
+    result: Consumption,
+    path: KernelPath,
+    skb: np.ndarray,
+    flow: np.ndarray,
+    position: np.ndarray,
+    payload_len: np.ndarray,
+    is_tcp: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return flow and stream position of each copy, and whether its skb was copied whole.
+
+    Flow is -1 where the skb has no packet. "Whole" means that the copies of one skb add up to its packet's payload, which
+    no lost copy event could leave so.
+    """
     copies = result.copies
     rx = STAGE_INDEX["netif_receive_skb"]
     lives = AsOf(path.rank[:, rx], path.columns["skbaddr"])
@@ -120,16 +131,19 @@ def _copy_positions(
     packet_of = np.full(len(path.rank) + 1, -1, np.int64)
     packet_of[skb[skb >= 0]] = np.flatnonzero(skb >= 0)
     packet = packet_of[life]
-    usable = (packet >= 0) & is_tcp[packet] if len(is_tcp) else np.zeros(copies.n, bool)
+    usable = (packet >= 0) & is_tcp[packet]
     length = copies["len"].astype(np.int64)
     # Bytes copied from the same life before: a running sum per life, in rank order.
     order = np.lexsort((copies["rank"], life))
-    total = np.concatenate(([0], np.cumsum(length[order])[:-1])) if copies.n else length
-    starts = np.flatnonzero(np.concatenate(([True], life[order][1:] != life[order][:-1]))) if copies.n else order
-    base = np.repeat(total[starts], np.diff(np.concatenate((starts, [copies.n])))) if copies.n else total
+    total = np.concatenate(([0], np.cumsum(length[order])[:-1]))
+    starts = np.flatnonzero(np.concatenate(([True], life[order][1:] != life[order][:-1])))
+    sizes = np.diff(np.concatenate((starts, [copies.n])))
     before = np.empty(copies.n, np.int64)
-    before[order] = total - base
-    return np.where(usable, flow[packet], -1), np.where(usable, position[packet] + before, 0)
+    before[order] = total - np.repeat(total[starts], sizes)
+    whole = np.empty(copies.n, bool)
+    sums = np.add.reduceat(length[order], starts)
+    whole[order] = np.repeat(sums, sizes) == np.where(usable, payload_len[packet], -1)[order]
+    return np.where(usable, flow[packet], -1), np.where(usable, position[packet] + before, 0), whole
 
 
 def _consume_streams(
@@ -143,9 +157,9 @@ def _consume_streams(
 ) -> None:
     """Join TCP packets to copies by stream position."""
     copies = result.copies
-    if not copies.n:
+    if not copies.n or not len(skb):
         return
-    copy_flow, copy_start = _copy_positions(result, path, skb, flow, position, is_tcp)
+    copy_flow, copy_start, whole = _copy_positions(result, path, skb, flow, position, payload_len, is_tcp)
     length = copies["len"].astype(np.int64)
     order = np.lexsort((copies["rank"], copy_flow))
     order = order[copy_flow[order] >= 0]
@@ -160,7 +174,9 @@ def _consume_streams(
         stop = np.searchsorted(flow[by_flow], number, side="right")
         packets = by_flow[flow_edges[k] : stop]
         result.bytes_copied[number] = int(length[rows].sum())
-        _consume_stream(result, packets, rows, copy_start[rows], length[rows], position, payload_len, rx_rank)
+        _consume_stream(
+            result, packets, rows, copy_start[rows], length[rows], whole[rows], position, payload_len, rx_rank
+        )
 
 
 def _consume_stream(
@@ -169,17 +185,19 @@ def _consume_stream(
     rows: np.ndarray,
     start: np.ndarray,
     length: np.ndarray,
+    whole: np.ndarray,
     position: np.ndarray,
     payload_len: np.ndarray,
     rx_rank: np.ndarray,
 ) -> None:
     """Join one flow: its packets to its copies, both in stream order."""
-    # Copies of one stream continue each other exactly. A copy whose position does not continue the one before, nor is
-    # continued by the one after, was anchored wrongly (a lost event, a collapsed skb).
+    # Copies of one stream continue each other exactly. Where events were lost they do not, and a copy is then believed
+    # only if its own skb was copied whole: its position needs no neighbour.
     continues = np.concatenate(([True], start[1:] == start[:-1] + length[:-1]))
     continued = np.concatenate((continues[1:], [True]))
-    disagree = ~(continues | continued) if len(rows) > 1 else ~continues
-    # A break inside the stream makes both neighbours suspect unless the stream really skips (packets not captured).
+    overlaps = np.concatenate(([False], start[1:] < start[:-1] + length[:-1]))
+    overlaps[:-1] |= overlaps[1:].copy()
+    disagree = overlaps | ~(whole | (continues & continued))
     order = np.lexsort((rows, start))
     begin, end = start[order], start[order] + length[order]
     copy_rank = result.copies["rank"][rows][order]
@@ -201,45 +219,127 @@ def _consume_stream(
 
 
 def _consume_datagrams(
-    result: Consumption, path: KernelPath, skb: np.ndarray, payload_len: np.ndarray, is_udp: np.ndarray
+    result: Consumption,
+    events: Mapping[str, Columns],
+    path: KernelPath,
+    skb: np.ndarray,
+    flow: np.ndarray,
+    payload_len: np.ndarray,
+    is_udp: np.ndarray,
 ) -> None:
     """Join UDP packets to receive calls: first queued, first received, per socket, with equal lengths."""
     ready = STAGE_INDEX["data_ready"]
-    packets = np.flatnonzero(is_udp & (skb >= 0))
-    packets = packets[path.rank[skb[packets], ready] >= 0]
+    packets = np.flatnonzero(is_udp & (flow >= 0))
+    ready_rank = pick(path.rank[:, ready], skb[packets], -1)
+    socket = np.where(ready_rank >= 0, pick(path.columns["socket"], skb[packets], 0), 0)
+    packets, ready_rank, socket = _place_unseen(packets, ready_rank, socket, flow, path, skb)
     receives = result.receives
     calls = np.flatnonzero((receives["protocol"] != 6) & (receives["ret"] >= 0) & ((receives["flags"] & MSG_PEEK) == 0))
-    sockets = path.columns["socket"][skb[packets]]
-    queue = packets[np.lexsort((path.rank[skb[packets], ready], sockets))]
-    queue_socket = path.columns["socket"][skb[queue]]
+    queue = np.lexsort((np.arange(len(packets)), socket))
+    packets, ready_rank, socket = packets[queue], ready_rank[queue], socket[queue]
     call_socket = receives["sk"][calls].astype(np.uint64)
     calls = calls[np.lexsort((receives["rank"][calls], call_socket))]
     call_socket = receives["sk"][calls].astype(np.uint64)
-    for socket in np.unique(queue_socket):
-        mine = queue[queue_socket == socket]
-        taken = calls[call_socket == socket]
-        _consume_queue(result, mine, path.rank[skb[mine], ready], payload_len[mine], taken)
+    woken_call = _calls_woken(events, path, skb[packets], ready_rank, receives, calls)
+    for number in np.unique(socket):
+        mine = np.flatnonzero(socket == number)
+        low, high = np.searchsorted(call_socket, [number, number + np.uint64(1)])
+        woken = np.where((woken_call[mine] >= low) & (woken_call[mine] < high), woken_call[mine] - low, -1)
+        _consume_queue(result, packets[mine], ready_rank[mine], payload_len[packets[mine]], calls[low:high], woken)
+
+
+def _place_unseen(
+    packets: np.ndarray, ready_rank: np.ndarray, socket: np.ndarray, flow: np.ndarray, path: KernelPath, skb: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Give packets whose events perf did not deliver their place in the queue of their flow's socket.
+
+    A packet that was captured, whose flow feeds one socket only, and that has no event at all was queued there like its
+    neighbours; leaving it out would shift every later datagram by one. One that entered the stack but was never queued was
+    dropped, and has no place.
+    """
+    seen = ready_rank >= 0
+    numbers, inverse = np.unique(flow[packets], return_inverse=True)
+    low = np.full(len(numbers), np.iinfo(np.uint64).max, np.uint64)
+    high = np.zeros(len(numbers), np.uint64)
+    np.minimum.at(low, inverse[seen], socket[seen])
+    np.maximum.at(high, inverse[seen], socket[seen])
+    place = ~seen & (skb[packets] < 0) & (low == high)[inverse]
+    socket = np.where(place, high[inverse], socket)
+    keep = seen | place
+    packets, ready_rank, socket = packets[keep], ready_rank[keep], socket[keep]
+    # In capture order, which is queue order on one socket except where CPUs race; seen ranks then put it right.
+    order = np.argsort(packets, kind="stable")
+    packets, ready_rank, socket = packets[order], ready_rank[order], socket[order]
+    slots = np.flatnonzero(ready_rank >= 0)
+    ranked = slots[np.argsort(ready_rank[slots], kind="stable")]
+    packets[slots], socket[slots], ready_rank[slots] = packets[ranked], socket[ranked], ready_rank[ranked]
+    return packets, ready_rank, socket
+
+
+def _calls_woken(
+    events: Mapping[str, Columns],
+    path: KernelPath,
+    skb: np.ndarray,
+    ready_rank: np.ndarray,
+    receives: Columns,
+    calls: np.ndarray,
+) -> np.ndarray:
+    """Return for each queued packet the position in `calls` of the call it woke, -1 where it woke none.
+
+    A reader asleep on a socket has emptied it, so the packet that wakes it is the next one returned: a fixed point of the
+    queue that needs no counting. Only sockets with a single reader have it.
+    """
+    waking = event_columns(events, "sched:sched_waking")
+    ready = STAGE_INDEX["data_ready"]
+    cpu = np.where(ready_rank >= 0, pick(path.cpu[:, ready], skb, -1), -1)
+    limit = pick(path.columns["wake_limit"], skb, 0)
+    by_cpu = AsOf(waking["rank"], waking["cpu"])
+    row = by_cpu.first_after(ready_rank, cpu)
+    row = np.where(by_cpu.rank_of(row, _NEVER) < limit, row, -1)
+    woken_tid = pick(_pids(waking, "pid"), row, -1)
+    sockets, tids = receives["sk"][calls].astype(np.uint64), receives["tid"][calls].astype(np.int64)
+    pairs = np.unique(np.stack([sockets, tids.astype(np.uint64)], axis=1), axis=0)
+    single = np.unique(pairs[:, 0], return_counts=True)
+    lonely = single[0][single[1] == 1]
+    socket = pick(path.columns["socket"], skb, 0)
+    following = AsOf(receives["rank"][calls], sockets, tids)
+    call = following.first_after(by_cpu.rank_of(row, -1), socket, woken_tid)
+    return np.where(np.isin(socket, lonely), call, -1)
 
 
 def _consume_queue(
-    result: Consumption, packets: np.ndarray, ready_rank: np.ndarray, payload_len: np.ndarray, calls: np.ndarray
+    result: Consumption,
+    packets: np.ndarray,
+    ready_rank: np.ndarray,
+    payload_len: np.ndarray,
+    calls: np.ndarray,
+    woken: np.ndarray,
 ) -> None:
-    """Join one socket's queue to its receive calls.
-
-    Calls that returned before the first datagram seen took datagrams that came before the recording began.
-    """
-    rank = result.receives["rank"][calls]
-    returned = result.receives["ret"][calls].astype(np.int64)
-    skipped = int(np.searchsorted(rank, ready_rank[0])) if len(ready_rank) else 0
-    rank, returned, calls = rank[skipped:], returned[skipped:], calls[skipped:]
-    n = min(len(packets), len(calls))
+    """Join one socket's queue to its receive calls: counting from the fixed points, believed where both neighbours agree."""
+    if not len(calls):
+        return
+    rank, returned = result.receives["rank"][calls], result.receives["ret"][calls].astype(np.int64)
+    place = np.arange(len(packets))
+    fixed = np.flatnonzero(woken >= 0)
+    if len(fixed):
+        shift = woken[fixed] - fixed
+        before = np.searchsorted(fixed, place, side="right") - 1
+        after = np.searchsorted(fixed, place, side="left")
+        left = shift[np.maximum(before, 0)]
+        right = shift[np.minimum(after, len(fixed) - 1)]
+        left = np.where(before >= 0, left, right)
+        right = np.where(after < len(fixed), right, left)
+    else:
+        # Calls that returned before the first datagram seen took datagrams from before the recording.
+        first = ready_rank[ready_rank >= 0]
+        left = right = np.full(len(packets), int(np.searchsorted(rank, first[0])) if len(first) else 0)
+    call = place + left
+    inside = (call >= 0) & (call < len(calls))
+    at = np.clip(call, 0, len(calls) - 1)
     # ret is the datagram's length, or less when the caller's buffer was too small (MSG_TRUNC).
-    fits = (returned[:n] == payload_len[:n]) & (rank[:n] > ready_rank[:n])
-    result.receive[packets[:n]] = np.where(fits, calls[:n], -1)
-    # Beyond the first misfit the queue position is not known any more.
-    misfit = np.flatnonzero(~fits)
-    if len(misfit):
-        result.anchors_disagree[packets[misfit[0] : n]] = True
+    fits = inside & (left == right) & (returned[at] == payload_len) & (rank[at] > ready_rank)
+    result.receive[packets] = np.where(fits, calls[at], -1)
+    result.anchors_disagree[packets] = inside & ~fits
 
 
 @dataclass
