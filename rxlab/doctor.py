@@ -297,9 +297,12 @@ def _check_host() -> list[Check]:
     )
     for name, folder in (("disk", Path.cwd()), ("temporary disk", Path(tempfile.gettempdir()))):
         free = shutil.disk_usage(folder).free
-        status = "ok" if free > _FREE_BYTES else "warn"
-        do = None if status == "ok" else "Free some, or bound the capture with --max-size"
-        checks.append(Check(name, status, f"{free / 1e9:.1f} GB free at {folder}", do, {"free_bytes": free}))
+        facts = {"free_bytes": free}
+        if free > _FREE_BYTES:
+            checks.append(Check(name, "ok", f"{free / 1e9:.1f} GB free at {folder}", None, facts))
+        else:
+            do = "Free some, or bound the capture with --max-size"
+            checks.append(Check(name, "warn", f"only {free / 1e9:.1f} GB free at {folder}", do, facts))
     return checks
 
 
@@ -316,7 +319,7 @@ def _check_settings(netns: str | None) -> list[Check]:
         rfs = host.path("proc/sys/net/core/rps_sock_flow_entries")
         rfs_ok = rfs.exists() and os.access(rfs, os.W_OK)
     journal = default_journal_dir()
-    existing = next(folder for folder in (journal, *journal.parents) if folder.exists())
+    existing = next(folder for folder in (journal, *journal.parents) if os.path.exists(folder))
     journal_ok = os.access(existing, os.W_OK)
     do = None if rps_ok and rfs_ok else "Changing settings needs root, and a kernel with CONFIG_RPS"
     checks = [
@@ -331,7 +334,7 @@ def _check_settings(netns: str | None) -> list[Check]:
             None if journal_ok else "Run with sudo",
         ),
     ]
-    left = [path.name for path in journal.glob("*.journal")] if journal_ok and journal.is_dir() else []
+    left = [path.name for path in journal.glob("*.journal")] if os.path.isdir(journal) and journal_ok else []
     if left:
         checks.append(Check("left over", "warn", f"{len(left)} journals of runs: alive, or dead", "rxlab restore"))
     return checks
