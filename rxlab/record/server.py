@@ -49,7 +49,8 @@ def open_sockets(options: argparse.Namespace) -> list[socket.socket]:
     sockets = []
     for index in range(n_sockets):
         sock = socket.socket(family, kind)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if options.proto == "tcp":  # two UDP sockets would share the port and the datagrams
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if options.scm:
             sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
         sock.bind((options.bind, options.port + index))

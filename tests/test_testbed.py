@@ -1,0 +1,100 @@
+"""The testbed's description and its refusals; tests/live has the real one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+
+import pytest
+
+from rxlab.errors import CaptureError
+from rxlab.record.testbed import Endpoint, Testbed, in_netns, run_checked
+
+
+class Registered:
+    """Stands in for the journal: notes the order of what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def register_namespace(self, name: str) -> None:
+        self.told.append(name)
+
+    def leave_namespaces(self) -> None:
+        self.told.append("leave")
+
+    def environment(self) -> dict[str, str]:
+        return dict(os.environ)
+
+
+def test_commands_run_inside_the_namespace_of_an_endpoint() -> None:
+    end = Endpoint("rxlab-x-dst", "rxd-x", "10.77.0.2", None)
+    assert end.command(["tcpdump", "-i", "x"]) == ["ip", "netns", "exec", "rxlab-x-dst", "tcpdump", "-i", "x"]
+    assert in_netns("/run/netns/a", ["true"]) == ["ip", "netns", "exec", "a", "true"]
+    assert in_netns(None, ["true"]) == ["true"]
+    assert end.netns_path == "/run/netns/rxlab-x-dst"
+
+
+def test_an_endpoint_without_the_address_family_says_so() -> None:
+    end = Endpoint(None, "eth7", "192.0.2.1", None)
+    assert end.address(4) == "192.0.2.1"
+    with pytest.raises(CaptureError, match="eth7 has no IPv6 address"):
+        end.address(6)
+
+
+def test_two_testbeds_share_no_name() -> None:
+    first, second = Testbed(), Testbed()
+    names = [name for bed in (first, second) for end in (bed.src, bed.dst) for name in (end.netns, end.iface)]
+    assert len(set(names)) == 8
+    assert all(len(str(name)) <= 15 for name in names[1::2]), "IFNAMSIZ is 16 with the final zero"
+
+
+def test_the_description_is_what_run_json_needs() -> None:
+    bed = Testbed(gro=True, mtu=9000, identifier="abc")
+    described = bed.describe()
+    assert described["kind"] == "veth"
+    assert (described["gro"], described["mtu"]) == (True, 9000)
+    assert described["dst"] == {
+        "netns": "rxlab-abc-dst", "iface": "rxd-abc", "ipv4": "10.77.0.2", "ipv6": "fd77::2",
+    }  # fmt: skip
+
+
+def test_an_ordinary_user_gets_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(CaptureError) as refused, Testbed():
+        pass
+    assert "needs root" in refused.value.line()
+    assert "\n" not in refused.value.line()
+
+
+def test_a_missing_ip_command_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(CaptureError, match="iproute2"), Testbed():
+        pass
+
+
+def test_namespaces_are_registered_before_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = Registered()
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    commands: list[list[str]] = []
+
+    def refuse(argv: list[str], **options: object) -> str:
+        commands.append(argv)
+        raise CaptureError("no namespaces here")
+
+    monkeypatch.setattr("rxlab.record.testbed.run_checked", refuse)
+    monkeypatch.setattr(shutil, "which", lambda name: "/sbin/ip")
+    bed = Testbed(registry=registry)
+    with pytest.raises(CaptureError, match="no namespaces"), bed:
+        pass
+    assert registry.told == [bed.src.netns]
+    assert commands == [["ip", "netns", "add", bed.src.netns]]
+
+
+def test_a_failing_command_is_quoted_with_its_complaint() -> None:
+    script = "import sys; sys.stderr.write('no such thing'); sys.exit(3)"
+    with pytest.raises(CaptureError, match="no such thing"):
+        run_checked([sys.executable, "-c", script])
+    assert run_checked([sys.executable, "-c", "print(input())"], stdin="hello\n") == "hello\n"
