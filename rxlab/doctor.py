@@ -17,7 +17,7 @@ from rxlab import stages
 from rxlab.errors import CaptureError, RxlabError
 from rxlab.host.access import HostAccess
 from rxlab.host.idlecheck import check_idle_task
-from rxlab.host.journal import default_journal_dir
+from rxlab.host.journalfile import default_journal_dir
 from rxlab.host.topology import is_running, read_queues
 from rxlab.host.tracepoints import check_tracepoints, tracefs_dir
 

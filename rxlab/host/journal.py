@@ -11,8 +11,6 @@ journal whose lock is free belongs to nobody and may be undone, and one whose lo
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import secrets
 import select
@@ -22,13 +20,25 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from rxlab.errors import HostSettingError
 from rxlab.host.access import HostAccess, netns_path
 from rxlab.host.guard import check_allowed
+from rxlab.host.journalfile import (
+    SUFFIX,
+    Record,
+    append_record,
+    boot_id,
+    create_journal,
+    default_journal_dir,
+    folder_lock,
+    named,
+    open_journal,
+    read_records,
+)
 from rxlab.host.settings import Setting, collateral, parse_settings
 from rxlab.host.undo import (
     TAG,
@@ -40,17 +50,8 @@ from rxlab.host.undo import (
     stop_processes,
 )
 
-JOURNAL_DIR = Path("/var/lib/rxlab")
-SUFFIX = ".journal"
 WATCHDOG_LOG = "watchdog.log"
 RESTORE_COMMAND = "Run 'rxlab restore'."
-
-
-def default_journal_dir() -> Path:
-    """Return where journals are: /var/lib/rxlab for root, the user's state directory for others."""
-    if os.geteuid() == 0:
-        return JOURNAL_DIR
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "rxlab"
 
 
 class Transaction:
@@ -79,13 +80,11 @@ class Transaction:
         self._n_changes = 0
         self._watchdog: subprocess.Popen[bytes] | None = None
         root = str(self._access_of(None).root)
-        with _folder_lock(folder):
+        with folder_lock(folder):
             self._path = folder / (self.id + SUFFIX)
-            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._file, fcntl.LOCK_EX)
+            self._file = create_journal(self._path)
             owner = {"pid": os.getpid(), "start": process_start(os.getpid()), "command": sys.argv}
-            self._append({"kind": "header", "id": self.id, "boot_id": _boot_id(), "root": root, **owner})
-            _fsync_folder(folder)
+            self._append({"kind": "header", "id": self.id, "boot_id": boot_id(), "root": root, **owner})
             try:
                 if testbed is not None:
                     self._claim(f"testbed {testbed}")
@@ -123,7 +122,7 @@ class Transaction:
         foreign = [setting for setting in chosen if setting.netns is None or setting.netns not in self._namespaces]
         check_allowed(foreign, self.allow_system_changes, self.yes_this_nic, self._access_of(None))
         if foreign:
-            with _folder_lock(self._folder):
+            with folder_lock(self._folder):
                 self._claim("host")
         record = self._snapshot(chosen)
         self._append(record)
@@ -131,7 +130,7 @@ class Transaction:
         try:
             for setting in chosen:
                 setting.write(self._access_of(setting.netns), setting.encode(setting.wanted or ""))
-            got = self._read_back(chosen, exact=inexact == "error")
+            got = self._read_back(record, exact=inexact == "error")
             self._append({"kind": "applied", "change": record["change"], "got": got})
             yield self
         finally:
@@ -152,21 +151,30 @@ class Transaction:
             fields.append({**setting.to_json(), "before": before})
         return {"kind": "change", "change": self._n_changes, "settings": fields}
 
-    def _read_back(self, chosen: list[Setting], *, exact: bool) -> dict[str, str]:
+    def _read_back(self, record: dict[str, Any], *, exact: bool) -> dict[str, str]:
+        """Return what the host shows after the writes, by label, of all remembered places."""
         got = {}
-        for setting in chosen:
-            value = setting.canonical(setting.read(self._access_of(setting.netns)))
-            if exact and value != setting.wanted:
+        for fields in record["settings"]:
+            setting = Setting.from_json(fields)
+            access = self._access_of(setting.netns)
+            try:
+                value = setting.canonical(setting.read(access))
+            except HostSettingError:
+                if setting.wanted is None:
+                    continue  # a queue that the change removed
+                raise
+            got[setting.label] = value
+            if setting.wanted is None:
+                continue
+            if exact and not (value == setting.wanted and setting.is_in_effect(access)):
                 raise HostSettingError(
                     "the host took another value",
                     where=setting.label,
-                    found=value,
-                    expected=str(setting.wanted),
+                    found=value if value != setting.wanted else f"{value} without effect",
+                    expected=setting.wanted,
                     do="Ask for a value it takes, or accept what it makes of it (inexact='record').",
                 )
-            got[setting.label] = value
-            self.asked[setting.label] = str(setting.wanted)
-        self.got.update(got)
+            self.asked[setting.label], self.got[setting.label] = setting.wanted, value
         return got
 
     def _restore(self, record: dict[str, Any], got: dict[str, str] | None) -> None:
@@ -231,13 +239,14 @@ class Transaction:
         with _no_interrupt():
             self._access_of.close()
             report = RestoreReport()
-            report.processes = stop_processes(self._processes, None, ())
+            report.processes = stop_processes(self._processes, None, self._namespaces)
             for child in self._children:
                 child.poll()
             remove_namespaces(self._namespaces, self._links, report)
             _merge(self.report, report)
             if self.report.ok:
-                self._append({"kind": "closed"})
+                with suppress(HostSettingError):  # a full disk: the file goes anyway
+                    self._append({"kind": "closed"})
                 self._path.unlink(missing_ok=True)
             self._dismiss_watchdog()
             os.close(self._file)
@@ -247,15 +256,14 @@ class Transaction:
     # -- journal file and watchdog
 
     def _append(self, record: dict[str, Any]) -> None:
-        os.write(self._file, json.dumps(record).encode() + b"\n")
-        os.fsync(self._file)
+        append_record(self._file, record)
 
     def _claim(self, what: str) -> None:
         """Reserve the host's settings or a testbed; the folder's lock is held."""
         for path in sorted(self._folder.glob("*" + SUFFIX)):
             if path == self._path:
                 continue
-            with _open_journal(path) as (records, is_free):
+            with open_journal(path) as (records, is_free):
                 claims = {record["what"] for record in records if record["kind"] == "claim"}
                 if is_free:
                     report = undo(records, path)
@@ -381,7 +389,7 @@ def restore(journal_dir: Path | None = None) -> RestoreReport:
     for path in sorted(folder.glob("*" + SUFFIX)):
         deadline = time.monotonic() + 10
         while True:
-            with _open_journal(path) as (records, is_free):
+            with open_journal(path) as (records, is_free):
                 if is_free:
                     _merge(report, undo(records, path))
                     break
@@ -402,18 +410,18 @@ def restore(journal_dir: Path | None = None) -> RestoreReport:
     return report
 
 
-def undo(records: list[dict[str, Any]], path: Path) -> RestoreReport:
+def undo(records: list[Record], path: Path) -> RestoreReport:
     """Undo one journal whose owner is dead, and delete it when all is back. Its lock is held by the caller."""
     report = RestoreReport()
     if not records or any(record["kind"] == "closed" for record in records):
         path.unlink(missing_ok=True)
         return report
     header = records[0]
-    if header["boot_id"] != _boot_id():
+    if header["boot_id"] != boot_id():
         report.messages.append(f"{path.name}: from before the last boot, dropped")
         path.unlink(missing_ok=True)
         return report
-    root, namespaces = Path(header["root"]), _named(records, "namespace")
+    root, namespaces = Path(header["root"]), named(records, "namespace")
     done = {record["change"] for record in records if record["kind"] == "restored"}
     got = {record["change"]: record["got"] for record in records if record["kind"] == "applied"}
     access_of = AccessCache(lambda netns: HostAccess(netns, root))
@@ -426,7 +434,7 @@ def undo(records: list[dict[str, Any]], path: Path) -> RestoreReport:
     processes = [(record["pid"], record["start"]) for record in records if record["kind"] == "process"]
     for _ in range(2):  # a command of the dead owner may have made a namespace while the first round ran
         report.processes += stop_processes(processes, header["id"], namespaces)
-        remove_namespaces(namespaces, _named(records, "link"), report)
+        remove_namespaces(namespaces, named(records, "link"), report)
     if report.ok:
         path.unlink(missing_ok=True)
     return report
@@ -456,67 +464,11 @@ def watch(path: Path, parent: int, journal: int) -> None:
             poll.unregister(sys.stdin)  # closed without a word: only the parent's death counts
         if process in events:
             break
-    report = undo(_records(journal), path)
+    report = undo(read_records(journal), path)
     lines = [f"{path.name}: {line}" for line in (*report.foreign, *report.failed)]
     if lines:
         with open(path.with_name(WATCHDOG_LOG), "a") as log:
             log.write("\n".join(lines) + "\n")
-
-
-def _records(journal: int) -> list[dict[str, Any]]:
-    """Return the records of an open journal; a last line cut short belongs to an action that never began."""
-    text = os.pread(journal, os.fstat(journal).st_size, 0).decode()
-    complete = text[: text.rfind("\n") + 1]
-    return [json.loads(line) for line in complete.splitlines()]
-
-
-def _named(records: list[dict[str, Any]], kind: str) -> list[str]:
-    return [record["name"] for record in records if record["kind"] == kind]
-
-
-@contextmanager
-def _open_journal(path: Path) -> Iterator[tuple[list[dict[str, Any]], bool]]:
-    """Open a journal file: its records, and whether nobody holds it (then this block holds it)."""
-    try:
-        journal = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        yield [], True
-        return
-    try:
-        try:
-            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_free = True
-        except BlockingIOError:
-            is_free = False
-        yield _records(journal), is_free
-    finally:
-        os.close(journal)
-
-
-@contextmanager
-def _folder_lock(folder: Path) -> Iterator[None]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise HostSettingError(
-            "no journal can be written, so nothing may be changed", where=str(folder), found=error.strerror
-        ) from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def _boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def _merge(into: RestoreReport, other: RestoreReport) -> None:

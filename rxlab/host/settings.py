@@ -178,6 +178,14 @@ class Setting:
             return {"off": "0", "on": "1"}.get(canonical, canonical)
         return canonical
 
+    def is_in_effect(self, access: HostAccess) -> bool:
+        """Tell whether what was asked is also done: a driver may note a feature and not switch it."""
+        _, _, rest = self.place.partition(":features:")
+        if not rest or self.iface is None:
+            return True
+        state = access.call(access.ethtool.features, self.iface)[rest]
+        return state["active"] == state["requested"]
+
     def _read(self, access: HostAccess) -> str:
         where, rest = self.place.split(":", 1)
         if where == "file":

@@ -116,9 +116,9 @@ def restore_change(
         except RxlabError as error:
             report.gone.append(str(error))
             continue
-        ours = got is None or setting.wanted is None or now == got.get(setting.label)
-        if now != setting.canonical(before) and not ours:
-            report.foreign.append(f"{setting.label} is {now}, we had set {got and got.get(setting.label)}")
+        last_seen = got.get(setting.label) if got is not None else None
+        if last_seen is not None and now not in (last_seen, setting.canonical(before)):
+            report.foreign.append(f"{setting.label} is {now}, we had left it at {last_seen}")
         else:
             todo.append((setting, before))
     # A write of low rank may reset settings of higher rank, so each is compared again when its turn comes.

@@ -1,0 +1,104 @@
+"""The journal file: JSON lines, only appended to, with a lock that says whether somebody still answers for it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rxlab.errors import HostSettingError
+
+JOURNAL_DIR = Path("/var/lib/rxlab")
+SUFFIX = ".journal"
+
+Record = dict[str, Any]
+
+
+def default_journal_dir() -> Path:
+    """Return where journals are: /var/lib/rxlab for root, the user's state directory for others."""
+    if os.geteuid() == 0:
+        return JOURNAL_DIR
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "rxlab"
+
+
+def create_journal(path: Path) -> int:
+    """Create a journal file, lock it, and return its descriptor."""
+    journal = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    fcntl.flock(journal, fcntl.LOCK_EX)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    os.fsync(folder)
+    os.close(folder)
+    return journal
+
+
+def append_record(journal: int, record: Record) -> None:
+    """Write one record and wait until it is on the disk; what it announces may be done only after that."""
+    line = json.dumps(record).encode() + b"\n"
+    size = os.fstat(journal).st_size
+    try:
+        if os.write(journal, line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(journal)
+    except OSError as error:
+        os.ftruncate(journal, size)
+        raise HostSettingError(
+            "journal cannot be written", where=f"descriptor {journal}", found=error.strerror
+        ) from None
+
+
+def read_records(journal: int) -> list[Record]:
+    """Return the records of an open journal; a last line cut short belongs to an action that never began."""
+    text = os.pread(journal, os.fstat(journal).st_size, 0).decode()
+    complete = text[: text.rfind("\n") + 1]
+    return [json.loads(line) for line in complete.splitlines()]
+
+
+def named(records: list[Record], kind: str) -> list[str]:
+    """Return the names in all records of a kind."""
+    return [record["name"] for record in records if record["kind"] == kind]
+
+
+@contextmanager
+def open_journal(path: Path) -> Iterator[tuple[list[Record], bool]]:
+    """Open a journal file: its records, and whether nobody holds it (then this block holds it)."""
+    try:
+        journal = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield [], True
+        return
+    try:
+        try:
+            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_free = True
+        except BlockingIOError:
+            is_free = False
+        yield read_records(journal), is_free
+    finally:
+        os.close(journal)
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock while journals are created and compared."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise HostSettingError(
+            "no journal can be written, so nothing may be changed", where=str(folder), found=error.strerror
+        ) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def boot_id() -> str:
+    """Return the kernel's name of this boot."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
