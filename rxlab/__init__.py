@@ -25,10 +25,10 @@ __version__ = "0.1.0"
 
 # Public name -> module it lives in.
 _PUBLIC = {
-    "open_run": "rxlab.pipeline",
-    "Run": "rxlab.pipeline",
+    "open_run": "rxlab.dataset.run",
+    "Run": "rxlab.dataset.run",
     "compare": "rxlab.pipeline",
-    "write_report": "rxlab.pipeline",
+    "write_report": "rxlab.show.report",
     "read_perfdata": "rxlab.read.perfdata",
     "read_pcap": "rxlab.read.pcap",
     "dissect": "rxlab.read.dissect",

@@ -26,9 +26,15 @@ app.add_typer(host_app, name="host")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Iface = Annotated[str | None, typer.Option("--iface", help="Interface to look at.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Host setting, e.g. rps_cpus=0,2. Repeatable.")]
-Allow = Annotated[bool, typer.Option("--allow-system-changes", help="Let settings of this host be changed (and restored).")]
-YesNic = Annotated[bool, typer.Option("--yes-this-nic", help="Even on the interface this session or the default route uses.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Host setting, e.g. rps_cpus=0,2. Repeatable.")
+]
+Allow = Annotated[
+    bool, typer.Option("--allow-system-changes", help="Let settings of this host be changed (and restored).")
+]
+YesNic = Annotated[
+    bool, typer.Option("--yes-this-nic", help="Even on the interface this session or the default route uses.")
+]
 Testbed = Annotated[bool, typer.Option("--testbed", help="Use the embedded testbed: two namespaces and a veth pair.")]
 Idle = Annotated[str, typer.Option(help="SCHED_IDLE spinner per CPU: auto, spin or off.")]
 Proto = Annotated[str, typer.Option(help="Protocol of the built-in workload: tcp or udp.")]
@@ -66,7 +72,9 @@ def demo(
 @app.command(context_settings={"allow_interspersed_args": False})
 def capture(
     out: Annotated[Path, typer.Option("--out", "-o", help="Run directory to make.")],
-    command: Annotated[list[str] | None, typer.Argument(metavar="[-- CMD...]", help="Any command as the workload.")] = None,
+    command: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- CMD...]", help="Any command as the workload.")
+    ] = None,
     iface: Iface = None,
     netns: Annotated[str | None, typer.Option(help="Network namespace of the interface.")] = None,
     testbed: Testbed = False,
@@ -124,14 +132,18 @@ def capture(
     if as_json:
         _print_json(run.run)
     else:
-        print(run.summary())
+        from rxlab.show.text import run_text
+
+        print(run_text(run.path, run.run))
     if run.run["status"] != "complete":
         raise typer.Exit(1)
 
 
 @app.command(context_settings={"allow_interspersed_args": False})
 def compare(
-    settings: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="What to compare with the host as it is.")],
+    settings: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="What to compare with the host as it is.")
+    ],
     command: Annotated[list[str] | None, typer.Argument(metavar="[-- CMD...]")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the runs and the report.")] = Path("out/compare"),
     iface: Iface = None,
@@ -184,7 +196,9 @@ def analyze(
     if as_json:
         _print_json(result)
     else:
-        print(f"dataset: {result['dataset']}  packets {result['packets']}  complete {result['complete']:.4f}  verdict {result['verdict']}")
+        print(
+            f"dataset: {result['dataset']}  packets {result['packets']}  complete {result['complete']:.4f}  verdict {result['verdict']}"
+        )
     if result["verdict"] == "refused":
         raise RefusedError("; ".join(result["reasons"]) or "verdict refused", where=str(run or perf))
 
@@ -209,15 +223,21 @@ def show(
     slowest: Annotated[int, typer.Option(help="List the N slowest packets instead.")] = 0,
 ) -> None:
     """Print the life of one packet, hop by hop."""
-    from rxlab.pipeline import show_packets
+    from rxlab.dataset.run import open_run
+    from rxlab.show.text import packet_life, slowest_packets
 
-    print(show_packets(run, packet=packet, slowest=slowest))
+    if packet is None and not slowest:
+        raise UsageError("nothing to show", expected="--packet N or --slowest N")
+    tree = open_run(run).tree
+    print(packet_life(tree, packet) if packet is not None else slowest_packets(tree, slowest))
 
 
 @app.command()
 def verify(run: Path, as_json: Json = False) -> None:
     """Check the join against the workload's own log, byte sums and counters."""
-    from rxlab.pipeline import open_run, verification_text, verification_threshold
+    from rxlab.dataset.run import open_run
+    from rxlab.pipeline import verification_threshold
+    from rxlab.show.text import verification_text
 
     result = open_run(run).verify()
     print(json.dumps(result, indent=1) if as_json else verification_text(result))
@@ -253,7 +273,7 @@ def restore() -> None:
 def host_show(iface: Iface = None, as_json: Json = False) -> None:
     """Print CPUs, interfaces, queues, their IRQs, and every setting rxlab knows."""
     from rxlab.host.topology import snapshot_host
-    from rxlab.pipeline import host_text
+    from rxlab.show.text import host_text
 
     snapshot = snapshot_host(iface)
     if as_json:

@@ -1,4 +1,4 @@
-"""The few functions that use both sides: analyse a run, demo, compare.
+"""The few functions that use both sides: record a run, demo, compare, report.
 
 Analysis needs no root, no perf and no NIC; recording needs no xarray. This module is where they meet, so everything heavy is
 imported where it is used.
@@ -7,196 +7,397 @@ imported where it is used.
 from __future__ import annotations
 
 import os
-from functools import cached_property
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rxlab import rundir
-from rxlab.errors import FormatError
-from rxlab.rundir import APP_LOG, CLOCK_JSON, COUNTERS_JSON, DATASET, HOST_JSON, PERF_DATA, RunDir, open_rundir
-from rxlab.stages import stages_without
+from rxlab.errors import CaptureError, FormatError, UsageError
+from rxlab.rundir import DATASET, list_runs
 
 if TYPE_CHECKING:
-    import numpy as np
-    import xarray as xr
-
-    from rxlab.follow.join import Joined, Machine
-    from rxlab.read.columns import Columns
-    from rxlab.read.perfdata import PerfData
-
-
-class Run:
-    """A recorded run: its files, its analysis and its verification.
-
-    Parameters
-    ----------
-    path : path-like
-        A run directory.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.rundir: RunDir = open_rundir(path)
-
-    @property
-    def path(self) -> Path:
-        """The run directory."""
-        return self.rundir.path
-
-    @property
-    def run(self) -> dict[str, Any]:
-        """Contents of run.json."""
-        return self.rundir.run
-
-    @property
-    def is_traced(self) -> bool:
-        """Whether kernel events and packets were recorded: the explaining arms."""
-        return self.rundir.has(PERF_DATA) and self.rundir.pcap is not None
-
-    @cached_property
-    def host(self) -> dict[str, Any]:
-        """Contents of host.json, empty where the run has none."""
-        return self.rundir.json(HOST_JSON) if self.rundir.has(HOST_JSON) else {}
-
-    @cached_property
-    def counters(self) -> dict[str, Any]:
-        """Contents of counters.json, empty where the run has none."""
-        return self.rundir.json(COUNTERS_JSON) if self.rundir.has(COUNTERS_JSON) else {}
-
-    @cached_property
-    def perf(self) -> PerfData:
-        """The kernel events."""
-        from rxlab.read.perfdata import read_perfdata
-
-        if not self.rundir.file(PERF_DATA).is_file():
-            raise FormatError(
-                "no kernel events",
-                where=str(self.path),
-                expected=PERF_DATA,
-                do="This run was not traced; record one with --events min, std or full.",
-            )
-        return read_perfdata(self.rundir.file(PERF_DATA))
-
-    @cached_property
-    def packets(self) -> Columns:
-        """The captured packets, both directions."""
-        from rxlab.read.pcap import read_pcap
-
-        if self.rundir.pcap is None:
-            raise FormatError("no packet capture", where=str(self.path), expected=rundir.PCAP)
-        packets = read_pcap(self.rundir.pcap)
-        if not packets.n:
-            raise FormatError(
-                "packet capture is empty",
-                where=str(self.rundir.pcap),
-                found="0 packets",
-                do="Nothing arrived on the interface, or the filter excluded it; record again.",
-            )
-        return packets
-
-    @cached_property
-    def joined(self) -> Joined:
-        """The packets joined to the kernel's events."""
-        from rxlab.follow.clockfit import fit_constant
-        from rxlab.follow.join import join
-
-        clock = fit_constant(self.rundir.json(CLOCK_JSON)["readings"], where=str(self.rundir.file(CLOCK_JSON)))
-        lost = int(self.perf.meta.get("lost_total", sum(self.perf.lost["count"].tolist())))
-        return join(self.perf.events, self.packets, clock, machine_of(self.run, self.host), lost=lost)
-
-    def missing_stages(self) -> list[str]:
-        """Return the stages this recording cannot show, for want of their events."""
-        return stages_without({name for name, columns in self.perf.events.items() if columns.n})
-
-    @cached_property
-    def tree(self) -> xr.DataTree:
-        """The dataset, opened from ``run.nc`` where that is newer than the recording, else computed."""
-        from rxlab.dataset.store import open_dataset
-
-        saved = self.rundir.file(DATASET)
-        sources = [self.rundir.file(name) for name in (rundir.RUN_JSON, PERF_DATA)]
-        if saved.is_file() and all(not s.is_file() or saved.stat().st_mtime >= s.stat().st_mtime for s in sources):
-            return open_dataset(saved)
-        return self.analyze()
-
-    def analyze(self, out: str | os.PathLike[str] | None = None) -> xr.DataTree:
-        """Join, and lay the result out as labelled data.
-
-        Parameters
-        ----------
-        out : path-like, optional
-            Also save it there as netCDF4.
-
-        Returns
-        -------
-        xarray.DataTree
-            Groups ``/packets /hops /flows /coverage /clocks /counters /app`` (docs/schema.md). A run recorded without
-            trace has only the last two.
-        """
-        from rxlab.dataset.store import build, read_app_logs, save
-
-        tree = build(
-            self.joined if self.is_traced else None,
-            run=self.run,
-            host=self.host,
-            counters=self.counters,
-            app_latency=read_app_logs(self.rundir),
-        )
-        if out is not None:
-            save(tree, out)
-        return tree
-
-    def verify(self) -> dict[str, Any]:
-        """Compare the join with the workload's log and the counters (:func:`rxlab.follow.verify.verify_join`)."""
-        from rxlab.follow.verify import read_app_log, verify_join
-
-        log = read_app_log(self.rundir.file(APP_LOG)) if self.rundir.has(APP_LOG) else None
-        return verify_join(
-            self.joined,
-            log,
-            messages=self._messages(),
-            counters=self.counters.get("difference") if self.counters else None,
-        )
-
-    def _messages(self) -> np.ndarray | None:
-        """Return the workload's message number of each joined packet, None where the capture cannot tell."""
-        from rxlab.follow.verify import message_of_packets
-
-        # Rows keep the capture's order, so a frame number finds its packet.
-        packets = self.packets.take(self.joined.packets["pcap_frame"] - int(self.packets["frame"][0]))
-        pcap = self.rundir.pcap
-        if pcap is None or not packets.n or (packets["offset"] < 0).any():
-            return None
-        return message_of_packets(pcap, packets["offset"], packets["payload_offset"], packets["caplen"])
+    from rxlab.dataset.run import Run
 
 
 def open_run(path: str | os.PathLike[str]) -> Run:
-    """Open a run directory that ``rxlab capture`` wrote.
+    """Open a run directory (:func:`rxlab.dataset.run.open_run`)."""
+    from rxlab.dataset.run import open_run as open_recorded
 
-    Raises
-    ------
-    FormatError, SchemaError
-        See :func:`rxlab.rundir.open_rundir`.
-    """
-    return Run(path)
+    return open_recorded(path)
 
 
-def machine_of(run: dict[str, Any], host: dict[str, Any]) -> Machine:
-    """Return what the join needs to know of the recording host."""
-    import ipaddress
-
-    from rxlab.follow.join import Machine
-
-    iface = run.get("iface")
-    if not iface:
-        raise FormatError(
-            "run.json names no interface", expected='"iface"', do="Record again with --iface or --testbed."
+def flow_filter(bpf: str | None, flow: str | None) -> str | None:
+    """Return a BPF filter for one flow, given as ``PROTO:ADDRESS:PORT`` (``tcp:10.0.0.2:80``), added to another filter."""
+    if not flow:
+        return bpf
+    proto, _, rest = flow.partition(":")
+    address, _, port = rest.rpartition(":")
+    if proto not in ("tcp", "udp") or not port.isdigit():
+        raise UsageError(
+            "flow is not PROTO:ADDRESS:PORT", where="--flow", found=repr(flow), expected="e.g. tcp:10.0.0.2:80"
         )
-    described = (host.get("ifaces") or {}).get(iface) or {}
-    addresses = set()
-    for text in run.get("local_addresses") or []:
-        address = ipaddress.ip_address(str(text).split("/")[0].split("%")[0])
-        number = int(address)
-        addresses.add((number >> 64, number & (2**64 - 1)) if address.version == 6 else (0, number))
-    macs = {int(str(mac).replace(":", ""), 16) for mac in run.get("local_macs") or []}
-    irqs = {int(queue["irq"]) for queue in described.get("queues") or [] if queue.get("irq") is not None}
-    return Machine(iface, frozenset(macs - {0}), frozenset(addresses), frozenset(irqs))
+    parts = [proto, f"port {port}"] + ([f"host {address.strip('[]')}"] if address else [])
+    return " and ".join(parts + ([f"({bpf})"] if bpf else []))
+
+
+def parse_size(text: str | None) -> int | None:
+    """Return bytes from text like ``500M`` or ``2G`` (powers of 1024)."""
+    if text is None:
+        return None
+    units = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
+    try:
+        return int(float(number) * units[unit])
+    except (ValueError, KeyError):
+        raise UsageError("not a size", found=repr(text), expected="e.g. 500M or 2G") from None
+
+
+def record_run(
+    out: str | os.PathLike[str],
+    *,
+    iface: str | None = None,
+    netns: str | None = None,
+    testbed: bool = False,
+    gro: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    allow_system_changes: bool = False,
+    yes_this_nic: bool = False,
+    workload: Mapping[str, Any] | None = None,
+    idle: str = "auto",
+    **options: Any,
+) -> Run:
+    """Record one run, on the embedded testbed or on an interface, with settings applied and restored.
+
+    Parameters are those of :func:`rxlab.record.capture.capture`, with `testbed` as a flag, `workload` as the fields of
+    :class:`rxlab.record.workload.Workload`, and `settings` as sysfs words (``{"rps_cpus": "0,2"}``).
+    """
+    from rxlab.host.journal import apply
+    from rxlab.host.settings import parse_settings
+    from rxlab.record.capture import capture
+    from rxlab.record.testbed import Testbed
+    from rxlab.record.workload import Workload
+
+    if not testbed and not iface:
+        raise UsageError("nothing to capture on", expected="--iface IF or --testbed")
+    traffic = Workload(**{key: value for key, value in workload.items() if value is not None}) if workload else None
+    with ExitStack() as stack:
+        journal = stack.enter_context(apply(allow_system_changes=allow_system_changes, yes_this_nic=yes_this_nic))
+        bed = stack.enter_context(Testbed(gro=gro, registry=journal)) if testbed else None
+        iface, netns = (bed.dst.iface, bed.dst.netns) if bed else (iface, netns)
+        stack.enter_context(journal.change(parse_settings(dict(settings or {}), iface, netns)))
+        recorded = capture(
+            out,
+            iface=None if bed else iface,
+            netns=None if bed else netns,
+            testbed=bed,
+            workload=traffic,
+            idle=idle,
+            idle_task_is_blind=idle_task_is_blind() if idle == "auto" else None,
+            configuration=dict(settings or {}),
+            transaction=journal,
+            **options,
+        )
+    return open_run(recorded.path)
+
+
+def idle_task_is_blind() -> bool | None:
+    """Tell whether perf loses the events of idle tasks on this host; None where a second of looking could not tell."""
+    from rxlab.host.idlecheck import check_idle_task
+
+    try:
+        check = check_idle_task(1.0)
+    except CaptureError:
+        return None
+    return check.has_fault if check.has_fault or check.is_conclusive else None
+
+
+def demo(
+    out: str | os.PathLike[str], *, messages: int = 20_000, reps: int = 3, say: Callable[[str], None] = print
+) -> Path:
+    """Record RPS off and on over the testbed, analyse and report; on recorded runs where this host may not capture.
+
+    Returns
+    -------
+    Path
+        The report.
+    """
+    from rxlab.doctor import examine
+
+    folder = Path(out)
+    found = examine()
+    lacks = [f"{check.name}: {check.found}" for check in found.checks if check.status == "fail"]
+    if os.geteuid() != 0:
+        lacks.insert(0, "the testbed needs root")
+    if lacks:
+        say(f"rxlab demo: this host cannot record now ({lacks[0]}); using the recorded runs of data/ instead")
+        return _demo_on_recorded(folder, say)
+    say("rxlab demo: recording RPS off and on over a veth testbed on this host")
+    reader_cpu = max(os.sched_getaffinity(0))
+    report = experiment(
+        folder,
+        [{"rps_cpus": "off"}, {"rps_cpus": str(reader_cpu)}],
+        testbed=True,
+        reps=reps,
+        workload={"proto": "tcp", "messages": messages},
+        say=say,
+    )
+    assert report is not None  # only a dry run has none
+    return report
+
+
+def _demo_on_recorded(folder: Path, say: Callable[[str], None]) -> Path:
+    """Analyse copies of the recorded runs and report on them."""
+    recorded = recorded_runs()
+    _make_room(folder)
+    for source in recorded:
+        target = folder / source.path.name
+        shutil.copytree(source.path, target)
+        (target / "RECORDED").write_text("a recorded run of data/, not of this host\n")
+    return _analyze_and_report([open_run(folder / source.path.name) for source in recorded], folder, say)
+
+
+def recorded_runs() -> list[Run]:
+    """Return the recorded runs that come with the source tree, TCP with RPS off and on."""
+    for base in (Path.cwd() / "data", Path(__file__).resolve().parent.parent / "data"):
+        runs = [open_run(entry.path) for entry in list_runs(base)] if base.is_dir() else []
+        runs = [run for run in runs if run.path.name.startswith("tcp-rps")]
+        if runs:
+            return runs
+    raise FormatError("no recorded runs", where="data/", do="Run from a clone of the rxlab repository.")
+
+
+def compare(
+    out: str | os.PathLike[str],
+    *,
+    settings: Mapping[str, Any],
+    iface: str | None = None,
+    testbed: bool = False,
+    reps: int = 3,
+    workload: Mapping[str, Any] | None = None,
+    command: Sequence[str] | None = None,
+    idle: str = "auto",
+    allow_system_changes: bool = False,
+    yes_this_nic: bool = False,
+    seed: int = 1,
+    dry_run: bool = False,
+    say: Callable[[str], None] = print,
+) -> Path | None:
+    """Compare the host as it is with the given settings: apply, capture, restore, next; shuffled; then report.
+
+    Returns
+    -------
+    Path or None
+        The report; None after a dry run.
+    """
+    if not settings:
+        raise UsageError("nothing to compare", expected="--set KEY=VALUE")
+    if bool(iface) == testbed:
+        raise UsageError(
+            "nothing to compare on" if not iface else "two places to compare on", expected="--iface IF or --testbed"
+        )
+    return experiment(
+        Path(out),
+        [{}, dict(settings)],
+        testbed=testbed,
+        iface=iface,
+        reps=reps,
+        workload=workload,
+        command=command,
+        idle=idle,
+        allow_system_changes=allow_system_changes,
+        yes_this_nic=yes_this_nic,
+        seed=seed,
+        dry_run=dry_run,
+        say=say,
+    )
+
+
+def experiment(
+    folder: Path,
+    configurations: Sequence[Mapping[str, Any]],
+    *,
+    testbed: bool,
+    iface: str | None = None,
+    reps: int = 3,
+    workload: Mapping[str, Any] | None = None,
+    command: Sequence[str] | None = None,
+    idle: str = "auto",
+    allow_system_changes: bool = False,
+    yes_this_nic: bool = False,
+    seed: int = 1,
+    dry_run: bool = False,
+    say: Callable[[str], None] = print,
+) -> Path | None:
+    """Record each configuration untraced and traced, `reps` times in shuffled order, analyse, and report."""
+    from rxlab.host.journal import apply
+    from rxlab.record.sweep import plan_sweep, sweep
+    from rxlab.record.testbed import Testbed
+    from rxlab.record.workload import Command, Workload
+
+    arms = ("untraced", "std")
+    cells = plan_sweep(configurations, reps=reps, arms=arms, seed=seed)
+    if dry_run:
+        for cell in cells:
+            say(f"{cell.name}: {_settings_text(cell.configuration)}")
+        return None
+    fields = {key: value for key, value in (workload or {}).items() if value is not None}
+    traffic = Command(list(command)) if command else Workload(**fields)
+    _make_room(folder)
+    blind = idle_task_is_blind() if idle == "auto" else None
+    runs = []
+    with ExitStack() as stack:
+        journal = stack.enter_context(apply(allow_system_changes=allow_system_changes, yes_this_nic=yes_this_nic))
+        bed = stack.enter_context(Testbed(registry=journal)) if testbed else None
+        recorded = sweep(
+            folder,
+            configurations,
+            testbed=bed,
+            iface=iface,
+            workload=traffic,
+            reps=reps,
+            arms=arms,
+            seed=seed,
+            transaction=journal,
+            idle=idle,
+            idle_task_is_blind=blind,
+            progress=lambda number, total, cell: say(
+                f"[{number + 1}/{total}] {cell.arm}, {_settings_text(cell.configuration)}, repetition {cell.repetition + 1}"
+            ),
+        )
+        for rundir_of_cell in recorded:
+            for problem in rundir_of_cell.run.get("problems") or []:
+                say(f"  {rundir_of_cell.path.name}: {problem}")
+            runs.append(open_run(rundir_of_cell.path))
+    return _analyze_and_report(runs, folder, say)
+
+
+def _settings_text(configuration: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in configuration.items()) or "host as it is"
+
+
+def _make_room(folder: Path) -> None:
+    """Remove the runs an earlier demo or compare left in `folder`; refuse a folder that holds anything else."""
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        return
+    ours = {"sweep.json", "report.html", "report.ipynb"}
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir() and (entry / rundir.RUN_JSON).is_file():
+            shutil.rmtree(entry)
+        elif entry.name in ours:
+            entry.unlink()
+        else:
+            raise UsageError(
+                "folder holds something that is not rxlab's",
+                where=str(folder),
+                found=entry.name,
+                do="Choose another --out.",
+            )
+
+
+def _analyze_and_report(runs: Sequence[Run], folder: Path, say: Callable[[str], None]) -> Path:
+    """Analyse runs in place and write one report about them."""
+    for number, run in enumerate(runs):
+        say(f"analysing [{number + 1}/{len(runs)}] {run.path.name}")
+        run.analyze_in_place()
+    say("writing the report")
+    return write_report(runs, folder / "report.html")
+
+
+def write_report(runs: Iterable[Run], out: str | os.PathLike[str]) -> Path:
+    """Write one self-contained HTML page about runs (:func:`rxlab.show.report.write_report`)."""
+    from rxlab.show.report import write_report as write
+
+    return Path(write(list(runs), Path(out)))
+
+
+def report_runs(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:
+    """Write a report about every run directory at or below the given paths."""
+    runs = [open_run(found.path) for path in paths for found in list_runs(path)]
+    if not runs:
+        raise FormatError(
+            "no run directories", where=", ".join(map(str, paths)), expected=f"a directory with {rundir.RUN_JSON}"
+        )
+    return write_report(runs, out)
+
+
+def analyze_run(
+    path: str | os.PathLike[str] | None,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    perf: str | os.PathLike[str] | None = None,
+    pcap: str | os.PathLike[str] | None = None,
+    iface: str | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Analyse a run directory, save the dataset and return what to tell about it.
+
+    Returns
+    -------
+    dict
+        ``dataset, packets, data_packets, complete, verdict, reasons, missing_stages``.
+    """
+    if path is None or perf or pcap:
+        raise UsageError(
+            "recordings without clock readings cannot be aligned yet",
+            expected="a run directory",
+            do="Record with 'rxlab capture'; --perf/--pcap come with the unknown-clock matcher.",
+        )
+    run = open_run(path)
+    target = Path(out) if out is not None else run.rundir.file(DATASET)
+    if not run.is_traced:
+        run.analyze(target)
+        return {
+            "dataset": str(target),
+            "packets": 0,
+            "data_packets": 0,
+            "complete": 0.0,
+            "verdict": "untraced",
+            "reasons": [],
+        }
+    gone = run.missing_stages()
+    if gone:
+        say(f"not recorded, so these stages are missing: {', '.join(gone)}")
+    run.analyze(target)
+    found = run.verify()
+    return {
+        "dataset": str(target),
+        "packets": run.joined.packets.n,
+        "data_packets": found["data_packets"],
+        "complete": found["complete"],
+        "verdict": found["verdict"],
+        "reasons": found["reasons"],
+        "missing_stages": gone,
+    }
+
+
+COMPLETE_THRESHOLD = 0.99
+
+
+def verification_threshold(result: Mapping[str, Any]) -> str | None:
+    """Return why a verification is below its threshold, None where it is not."""
+    if result["verdict"] == "refused":
+        return "verdict refused: " + "; ".join(result["reasons"])
+    if result["misjoined"]:
+        return f"{result['misjoined']} packets are joined to the wrong receive call"
+    if result["complete"] < COMPLETE_THRESHOLD:
+        return f"only {result['complete']:.4f} of the data packets are complete (threshold {COMPLETE_THRESHOLD})"
+    return None
+
+
+def inspect_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Tell what a perf.data, pcap or pcapng file holds, by its content, not its name."""
+    from rxlab.read.pcap import inspect_pcap
+    from rxlab.read.perfdata import inspect_perfdata
+
+    file = Path(path)
+    if not file.exists():
+        raise FormatError("no such file", where=str(file))
+    if file.is_dir():
+        return inspect_perfdata(file)
+    with open(file, "rb") as stream:
+        magic = stream.read(8)
+    is_perf = magic in (b"PERFILE2", b"2ELIFREP", b"PERFFILE", b"ELIFFREP")
+    return inspect_perfdata(file) if is_perf else inspect_pcap(file)

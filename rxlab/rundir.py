@@ -24,6 +24,8 @@ A run directory is what capture leaves and analysis reads; nothing else passes b
     ``cpu_time_ns`` [{"cpu", "user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal"}], ``nstat`` {name: n}, ``ethtool`` {iface: {name: n}}.
 ``perf.data``, ``rx.pcap`` (or ``rx.pcapng``)
     as written by perf and tcpdump.
+``run.nc``, ``verify.json``
+    left by analysis: the dataset (docs/schema.md) and the verification of its join.
 ``app.log``, ``client.log``
     the workload's own logs, :data:`APP_LOG_FIELDS` and :data:`CLIENT_LOG_FIELDS`: the ground truth.
 """
@@ -51,6 +53,7 @@ PCAP = "rx.pcap"
 APP_LOG = "app.log"
 CLIENT_LOG = "client.log"
 DATASET = "run.nc"
+VERIFY_JSON = "verify.json"
 
 ARMS = ("untraced", "pcap", "min", "std", "full")
 

@@ -1,0 +1,210 @@
+"""A recorded run: its files, its analysis, its verification. Needs no root, no perf and no NIC."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from rxlab import rundir
+from rxlab.dataset.store import build, open_dataset, read_app_logs, save
+from rxlab.errors import FormatError
+from rxlab.follow.clockfit import fit_constant
+from rxlab.follow.join import Joined, Machine, join
+from rxlab.follow.verify import message_of_packets, read_app_log, verify_join
+from rxlab.read.columns import Columns
+from rxlab.read.pcap import read_pcap
+from rxlab.read.perfdata import PerfData, read_perfdata
+from rxlab.rundir import (
+    APP_LOG,
+    CLOCK_JSON,
+    COUNTERS_JSON,
+    DATASET,
+    HOST_JSON,
+    PERF_DATA,
+    VERIFY_JSON,
+    RunDir,
+    open_rundir,
+)
+from rxlab.stages import stages_without
+
+
+class Run:
+    """A recorded run: its files, its analysis and its verification.
+
+    Parameters
+    ----------
+    path : path-like
+        A run directory.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.rundir: RunDir = open_rundir(path)
+
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+        return self.rundir.path
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """Contents of run.json."""
+        return self.rundir.run
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether kernel events and packets were recorded: the explaining arms."""
+        return self.rundir.has(PERF_DATA) and self.rundir.pcap is not None
+
+    @cached_property
+    def host(self) -> dict[str, Any]:
+        """Contents of host.json, empty where the run has none."""
+        return self.rundir.json(HOST_JSON) if self.rundir.has(HOST_JSON) else {}
+
+    @cached_property
+    def counters(self) -> dict[str, Any]:
+        """Contents of counters.json, empty where the run has none."""
+        return self.rundir.json(COUNTERS_JSON) if self.rundir.has(COUNTERS_JSON) else {}
+
+    @cached_property
+    def perf(self) -> PerfData:
+        """The kernel events."""
+        if not self.rundir.file(PERF_DATA).is_file():
+            raise FormatError(
+                "no kernel events",
+                where=str(self.path),
+                expected=PERF_DATA,
+                do="This run was not traced; record one with --events min, std or full.",
+            )
+        return read_perfdata(self.rundir.file(PERF_DATA))
+
+    @cached_property
+    def packets(self) -> Columns:
+        """The captured packets, both directions."""
+        if self.rundir.pcap is None:
+            raise FormatError("no packet capture", where=str(self.path), expected=rundir.PCAP)
+        packets = read_pcap(self.rundir.pcap)
+        if not packets.n:
+            raise FormatError(
+                "packet capture is empty",
+                where=str(self.rundir.pcap),
+                found="0 packets",
+                do="Nothing arrived on the interface, or the filter excluded it; record again.",
+            )
+        return packets
+
+    @cached_property
+    def joined(self) -> Joined:
+        """The packets joined to the kernel's events."""
+
+        clock = fit_constant(self.rundir.json(CLOCK_JSON)["readings"], where=str(self.rundir.file(CLOCK_JSON)))
+        lost = int(self.perf.meta.get("lost_total", sum(self.perf.lost["count"].tolist())))
+        return join(self.perf.events, self.packets, clock, machine_of(self.run, self.host), lost=lost)
+
+    def missing_stages(self) -> list[str]:
+        """Return the stages this recording cannot show, for want of their events."""
+        return stages_without({name for name, columns in self.perf.events.items() if columns.n})
+
+    @cached_property
+    def tree(self) -> xr.DataTree:
+        """The dataset, opened from ``run.nc`` where that is newer than the recording, else computed."""
+        saved = self.rundir.file(DATASET)
+        return open_dataset(saved) if saved.is_file() and self._is_fresh(saved) else self.analyze()
+
+    def analyze(self, out: str | os.PathLike[str] | None = None) -> xr.DataTree:
+        """Join, and lay the result out as labelled data.
+
+        Parameters
+        ----------
+        out : path-like, optional
+            Also save it there as netCDF4.
+
+        Returns
+        -------
+        xarray.DataTree
+            Groups ``/packets /hops /flows /coverage /clocks /counters /app`` (docs/schema.md). A run recorded without
+            trace has only the last two.
+        """
+        tree = build(
+            self.joined if self.is_traced else None,
+            run=self.run,
+            host=self.host,
+            counters=self.counters,
+            app_latency=read_app_logs(self.rundir),
+        )
+        if out is not None:
+            save(tree, out)
+        return tree
+
+    def verify(self) -> dict[str, Any]:
+        """Compare the join with the workload's log and the counters (:func:`rxlab.follow.verify.verify_join`)."""
+        log = read_app_log(self.rundir.file(APP_LOG)) if self.rundir.has(APP_LOG) else None
+        difference = self.counters.get("difference") if self.counters else None
+        return verify_join(self.joined, log, messages=self._messages(), counters=difference)
+
+    @cached_property
+    def verification(self) -> dict[str, Any] | None:
+        """The verification saved by the last analysis, else a new one; None for a run recorded without trace."""
+        saved = self.rundir.file(VERIFY_JSON)
+        if saved.is_file() and self._is_fresh(saved):
+            return self.rundir.json(VERIFY_JSON)
+        return self.verify() if self.is_traced else None
+
+    def _is_fresh(self, derived: Path) -> bool:
+        """Tell whether a derived file is younger than what it was made from."""
+        sources = [self.rundir.file(name) for name in (rundir.RUN_JSON, PERF_DATA, rundir.PCAP)]
+        made = derived.stat().st_mtime_ns
+        return all(not source.is_file() or made >= source.stat().st_mtime_ns for source in sources)
+
+    def analyze_in_place(self) -> None:
+        """Leave ``run.nc`` and ``verify.json`` in the run directory, and forget the columns they came from."""
+        self.analyze(self.rundir.file(DATASET))
+        if self.is_traced:
+            rundir.write_json(self.rundir.file(VERIFY_JSON), self.verify())
+        for name in ("perf", "packets", "joined"):
+            self.__dict__.pop(name, None)
+
+    def _messages(self) -> np.ndarray | None:
+        """Return the workload's message number of each joined packet, None where the capture cannot tell."""
+        # Rows keep the capture's order, so a frame number finds its packet.
+        packets = self.packets.take(self.joined.packets["pcap_frame"] - int(self.packets["frame"][0]))
+        pcap = self.rundir.pcap
+        if pcap is None or not packets.n or (packets["offset"] < 0).any():
+            return None
+        return message_of_packets(pcap, packets["offset"], packets["payload_offset"], packets["caplen"])
+
+
+def open_run(path: str | os.PathLike[str]) -> Run:
+    """Open a run directory that ``rxlab capture`` wrote.
+
+    Raises
+    ------
+    FormatError, SchemaError
+        See :func:`rxlab.rundir.open_rundir`.
+    """
+    return Run(path)
+
+
+def machine_of(run: dict[str, Any], host: dict[str, Any]) -> Machine:
+    """Return what the join needs to know of the recording host."""
+    from rxlab.follow.join import Machine
+
+    iface = run.get("iface")
+    if not iface:
+        raise FormatError(
+            "run.json names no interface", expected='"iface"', do="Record again with --iface or --testbed."
+        )
+    described = (host.get("ifaces") or {}).get(iface) or {}
+    addresses = set()
+    for text in run.get("local_addresses") or []:
+        address = ipaddress.ip_address(str(text).split("/")[0].split("%")[0])
+        number = int(address)
+        addresses.add((number >> 64, number & (2**64 - 1)) if address.version == 6 else (0, number))
+    macs = {int(str(mac).replace(":", ""), 16) for mac in run.get("local_macs") or []}
+    irqs = {int(queue["irq"]) for queue in described.get("queues") or [] if queue.get("irq") is not None}
+    return Machine(iface, frozenset(macs - {0}), frozenset(addresses), frozenset(irqs))

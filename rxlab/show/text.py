@@ -1,0 +1,144 @@
+"""Plain text for a terminal: the life of one packet, the slowest ones, a verification, a run, a host."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from rxlab.dataset import schema, stats
+from rxlab.errors import UsageError
+from rxlab.show.plots import microseconds, packet_steps
+from rxlab.stages import STAGE_INDEX, STAGES, stages_without
+
+
+def row_of_frame(tree: xr.DataTree, frame: int) -> int:
+    """Return the row of a packet given its frame number, as Wireshark shows it."""
+    frames = tree["packets"].to_dataset()["pcap_frame"].values
+    rows = np.flatnonzero(frames == frame)
+    if not len(rows):
+        seen = frames[frames > 0]
+        span = f"{seen.min()} to {seen.max()}, received packets only" if len(seen) else "no packets"
+        raise UsageError("no such packet", where="--packet", found=str(frame), expected=f"a frame number of {span}")
+    return int(rows[0])
+
+
+def packet_life(tree: xr.DataTree, frame: int) -> str:
+    """Return the life of one packet hop by hop: time, CPU, kernel function and file, and what became of it."""
+    row = row_of_frame(tree, frame)
+    everything = tree["packets"].to_dataset()
+    packets = everything.isel(packet=row)
+
+    def word(name: str) -> str:
+        return schema.meanings(everything[name]).get(int(packets[name]), "?")
+
+    flow = int(packets["flow"])
+    label = str(tree["flows"].to_dataset()["label"].values[flow]) if flow >= 0 else "no flow"
+    lines = [
+        f"frame {frame}  {label}  {int(packets['wire_len'])} bytes on the wire, {int(packets['payload_len'])} payload",
+        f"status {word('status')}, path {word('path_kind')}, reader {word('attribution')}"
+        + (f", tid {int(packets['tid'])} ({word('comm')})" if int(packets["tid"]) >= 0 else ", no reader seen"),
+        "",
+        f"{'since first':>12} {'this hop':>10}  cpu  {'stage':<18} kernel function (file)",
+    ]
+    for step in packet_steps(tree, row):
+        stage = STAGES[STAGE_INDEX[step["stage"]]]
+        since = step["start_ns"] + step["latency_ns"]
+        lines.append(
+            f"{microseconds(since):>12} {microseconds(step['latency_ns']):>10}  {step['cpu']:>3}  "
+            f"{stage.name:<18} {stage.function} ({stage.source})"
+        )
+    n_events = len(packet_steps(tree, row))
+    lines += ["", f"{n_events} events recorded on this path; each cost about 0.5 to 0.7 us, which these times include."]
+    return "\n".join(lines)
+
+
+def slowest_packets(tree: xr.DataTree, n: int) -> str:
+    """Return the `n` slowest usable packets and the hop that took longest in each."""
+    packets, hops = tree["packets"].to_dataset(), tree["hops"].to_dataset()
+    rows = np.flatnonzero(stats.usable(packets))
+    total = hops["latency"].sel(hop="total_latency").values[rows]
+    rows, total = rows[~np.isnan(total)], total[~np.isnan(total)]
+    chosen = np.argsort(-total, kind="stable")[:n]
+    lines = [f"{'frame':>9} {'total':>10}  slowest hop"]
+    for at in chosen.tolist():
+        steps = packet_steps(tree, int(rows[at]))
+        before = {step["stage"]: previous["stage"] for previous, step in zip(steps, steps[1:], strict=False)}
+        worst = max(steps, key=lambda step: step["latency_ns"])
+        lines.append(
+            f"{int(packets['pcap_frame'].values[rows[at]]):>9} {microseconds(float(total[at])):>10}  "
+            f"{before.get(worst['stage'], '')} -> {worst['stage']}: {microseconds(worst['latency_ns'])} on cpu {worst['cpu']}"
+        )
+    return "\n".join(lines)
+
+
+def verification_text(result: Mapping[str, Any]) -> str:
+    """Return a verification as lines for a person."""
+    lines = [
+        f"verdict            {result['verdict']}" + (f" ({'; '.join(result['reasons'])})" if result["reasons"] else ""),
+        f"data packets       {result['data_packets']}",
+        f"complete           {result['complete']:.4f}",
+        f"flagged            {result['flagged']}",
+    ]
+    if result["misjoined"] is None:
+        lines.append("misjoined          not checked: the run has no app.log")
+    else:
+        lines.append(
+            f"misjoined          {result['misjoined']} of {result['checked']} checked against the application's log"
+        )
+    lines.append(f"byte sums equal    {_answer(result['byte_sums_equal'])}")
+    counters = result["counters_agree"]
+    lines.append(f"counters agree     {_answer(counters and counters['ok'])}")
+    for key, text in (("t1_minus_exit_ns", "log t1 - recvmsg"), ("scm_minus_pcap_ns", "SCM - pcap stamp")):
+        found = result[key]
+        if found and found.get("n"):
+            lines.append(f"{text:<18} p1 {found['p1']} ns, p50 {found['p50']} ns, p99 {found['p99']} ns")
+    lines.append("statuses           " + ", ".join(f"{name} {n}" for name, n in result["statuses"].items()))
+    return "\n".join(lines)
+
+
+def _answer(value: bool | None) -> str:
+    return "not checked" if value is None else "yes" if value else "NO"
+
+
+def run_text(path: Any, run: Mapping[str, Any]) -> str:
+    """Return what a capture recorded, in a few lines."""
+    perf, tcpdump = run.get("perf") or {}, run.get("tcpdump") or {}
+    lines = [f"{path}: {run.get('status')}, arm {run.get('arm')}, interface {run.get('iface')}"]
+    if tcpdump:
+        lines.append(
+            f"  packets: captured {tcpdump.get('captured')}, received {tcpdump.get('received')}, "
+            f"dropped {tcpdump.get('dropped')}"
+        )
+    if perf:
+        lines.append(f"  kernel events: {len(perf.get('events') or [])} kinds, lost {perf.get('lost')}")
+    if perf.get("missing_events"):
+        gone = ", ".join(stages_without(set(perf.get("events") or []))) or "none"
+        lines.append(f"  not on this kernel: {', '.join(perf['missing_events'])}; stages that go: {gone}")
+    lines += [f"  problem: {problem}" for problem in run.get("problems") or []]
+    return "\n".join(lines)
+
+
+def host_text(snapshot: Mapping[str, Any]) -> str:
+    """Return a host snapshot as lines: CPUs, interfaces, queues with their IRQs and CPUs."""
+    cpus = snapshot.get("cpus") or []
+    lines = [
+        f"{snapshot.get('hostname')}  Linux {snapshot.get('kernel')}",
+        f"{len(cpus)} CPUs, {len({(cpu.get('package'), cpu.get('core')) for cpu in cpus})} cores, "
+        f"{len({cpu.get('node') for cpu in cpus})} NUMA nodes; governor {snapshot.get('governor') or 'none'}; "
+        f"irqbalance {'running' if snapshot.get('irqbalance') else 'not running'}",
+    ]
+    for name, iface in (snapshot.get("ifaces") or {}).items():
+        lines.append(
+            f"{name}: {iface.get('driver') or 'no driver'}  {', '.join(iface.get('addresses') or []) or 'no address'}"
+        )
+        for queue in iface.get("queues") or []:
+            facts = [
+                f"{key} {queue[key]}"
+                for key in ("irq", "irq_cpus", "rps_cpus", "rps_flow_cnt", "xps_cpus")
+                if queue.get(key) not in (None, "")
+            ]
+            lines.append(f"  queue {queue.get('queue')}: " + ", ".join(facts))
+    return "\n".join(lines)
