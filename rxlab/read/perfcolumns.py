@@ -231,7 +231,7 @@ def gather_segments(
             while at < stop:
                 at, short = pg.gather_samples(
                     segment.buffer,
-                    perf.big,
+                    perf.order,
                     samples,
                     (at, stop),
                     tables,

@@ -121,6 +121,11 @@ class PerfFile:
     warnings: list[str] = field(default_factory=list)
     truncated: bool = False
 
+    @property
+    def order(self) -> int | None:
+        """Byte order as the kernels take it: None, or 1 for big-endian."""
+        return byte_order(self.big)
+
     def integer(self, raw: bytes) -> int:
         """Return bytes as an unsigned integer in the file's byte order."""
         return int.from_bytes(raw, "big" if self.big else "little")
@@ -288,6 +293,11 @@ def add_segment(perf: PerfFile, segment: Segment) -> None:
     perf.segments.append(segment)
 
 
+def byte_order(big: bool) -> int | None:
+    """Return the kernels' argument for a byte order: by its type Numba compiles one kernel for each order."""
+    return 1 if big else None
+
+
 def scan_segment(segment: Segment, big: bool) -> None:
     """Find sample blocks and other records; shorten the segment to its whole records."""
     room = segment.end - segment.start
@@ -297,7 +307,7 @@ def scan_segment(segment: Segment, big: bool) -> None:
     state = np.zeros(5, np.int64)
     state[rec.S_AT] = segment.start
     while True:
-        rec.scan_records(segment.buffer, segment.end, big, state, block_starts, other_starts)
+        rec.scan_records(segment.buffer, segment.end, byte_order(big), state, block_starts, other_starts)
         if state[rec.S_STATUS] != rec.FULL:
             break
         other_starts = np.concatenate([other_starts, np.empty(3 * other_starts.size, np.int64)])

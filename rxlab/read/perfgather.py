@@ -10,7 +10,7 @@ import numpy as np
 from numba import int64, uint8, uint16, uint32, uint64
 
 from rxlab.read.perfattr import L_CALLCHAIN, L_RAW, L_READ, L_TAIL
-from rxlab.read.perfrecords import BLOCK, jit, read_u16, read_u32, read_u64
+from rxlab.read.perfrecords import BLOCK, inline, inner, jit, read_u16, read_u32, read_u64
 
 # Rows of the field table.
 F_KIND, F_OFFSET, F_SIZE, F_COUNT, F_BASE, F_TEXT = range(6)
@@ -26,7 +26,7 @@ CODE_BITS = 26
 D_ENTRIES, D_POOL = range(2)
 
 
-@jit
+@inner
 def read_part_length(buffer, at, room, read_format, big):
     """Return the bytes of the READ part of a sample, -1 when it does not fit; see struct read_format in perf_event.h."""
     times = int64(read_format & 1) + int64(read_format >> 1 & 1)
@@ -43,7 +43,7 @@ def read_part_length(buffer, at, room, read_format, big):
     return length if length <= room else -1
 
 
-@jit
+@inline
 def raw_span(buffer, at, layout, big):
     """Return first byte and length of the raw part of the sample at `at`; (-1, 0) when there is none or it does not fit."""
     end = at + int64(read_u16(buffer, at + 6, big))
@@ -71,7 +71,7 @@ def raw_span(buffer, at, layout, big):
     return position, length
 
 
-@jit
+@inline
 def copy_text8(buffer, source, words, target, arena64):
     """Copy a char array of `words` 8-byte words up to its NUL, zeros after it (little-endian hosts)."""
     ended = False
@@ -87,7 +87,7 @@ def copy_text8(buffer, source, words, target, arena64):
         arena64[uint64(target + word)] = value
 
 
-@jit
+@inner
 def copy_text(buffer, source, size, target, arena8):
     """Copy a char array up to its NUL, zeros after it."""
     ended = source < 0
@@ -99,7 +99,7 @@ def copy_text(buffer, source, size, target, arena8):
         arena8[uint64(target + k)] = letter
 
 
-@jit
+@inner
 def copy_elements(buffer, source, row, field, arenas, big):
     """Copy the elements of one array field of one row; zeros when `source` is -1."""
     size, count = field[F_SIZE], field[F_COUNT]
@@ -116,7 +116,7 @@ def copy_elements(buffer, source, row, field, arenas, big):
             arenas[3][uint64(base + k)] = uint64(0) if source < 0 else read_u64(buffer, at, big)
 
 
-@jit
+@inline
 def variable_span(buffer, raw, raw_size, field, big):
     """Return first byte and length of a __data_loc, __rel_loc or [] part, (-1, 0) when it lies outside the raw bytes."""
     offset = field[F_OFFSET]
@@ -133,7 +133,7 @@ def variable_span(buffer, raw, raw_size, field, big):
     return raw + first, length
 
 
-@jit
+@inner
 def encode(buffer, source, length, number, dictionary):
     """Return the code of some bytes in the dictionary of field `number`, adding them; -1 when the dictionary is full."""
     slots, hashes, owners, firsts, lengths, pool, state = dictionary
@@ -175,7 +175,7 @@ def rebuild_slots(hashes, n_entries, slots):
         slots[slot] = entry
 
 
-@jit
+@inner
 def gather_variable(buffer, spans, rows, field, number, arena32, dictionary, code_base, big):
     """Write the dictionary codes of one variable field for one block; return False when the dictionary is full."""
     raws, sizes = spans
@@ -197,7 +197,7 @@ def gather_variable(buffer, spans, rows, field, number, arena32, dictionary, cod
     return True
 
 
-@jit
+@inner
 def gather_scalar(buffer, sources, rows, kind, base, arenas, big):
     """Copy one scalar per sample of a block; zeros where a source is -1."""
     if kind == K_U8:
@@ -218,7 +218,7 @@ def gather_scalar(buffer, sources, rows, kind, base, arenas, big):
             arenas[3][uint64(base + rows[i])] = uint64(0) if sources[i] < 0 else read_u64(buffer, sources[i], big)
 
 
-@jit
+@inner
 def gather_text(buffer, sources, rows, field, arenas):
     """Copy one char array per sample of a block."""
     size, base = field[F_SIZE], field[F_BASE]
@@ -235,7 +235,7 @@ def gather_text(buffer, sources, rows, field, arenas):
             copy_text(buffer, sources[i], size, base + rows[i] * size, arenas[0])
 
 
-@jit
+@inner
 def gather_event(buffer, starts, spans, rows, fields, numbers, arenas, dictionary, code_base, big):
     """Copy fields `numbers` (first, last) for one event's samples of one block; return (values missing, dictionary had room)."""
     raws, sizes = spans
@@ -315,7 +315,7 @@ def gather_samples(buffer, big, samples, span, tables, arenas, dictionary, code_
     return begin, n_short
 
 
-@jit
+@inner
 def bucket_samples(buffer, big, samples, span, layouts, first_fields, firsts, buckets):
     """Group the wanted samples of one block by event and find their raw parts."""
     starts, event, places = samples

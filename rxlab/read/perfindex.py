@@ -88,9 +88,7 @@ class Tables:
         # The table is a quarter full at most. One event needs no id, as in perf.
         self.keys = np.zeros(1 << max(4, (4 * len(ids)).bit_length()), np.uint64)
         self.events = np.zeros(self.keys.size, np.int64)
-        for sample_id, number in ids.items():
-            slot = rec.find_slot(self.keys, np.uint64(sample_id))
-            self.keys[slot], self.events[slot] = sample_id, number
+        rec.fill_ids(self.keys, self.events, np.array(list(ids), np.uint64), np.array(list(ids.values()), np.int64))
         self.id_position = attrs[0].id_position() if len(attrs) > 1 else -1
         self.has_read = any(attr.sample_type & SAMPLE_READ for attr in attrs)
 
@@ -134,7 +132,7 @@ def read_samples(
         segment, starts, sizes, views = job
         ids = (tables.keys, tables.events)
         rec.index_blocks(
-            segment.buffer, segment.end, perf.big, starts, sizes, ids, tables.id_position, tables.layouts, views
+            segment.buffer, segment.end, perf.order, starts, sizes, ids, tables.id_position, tables.layouts, views
         )
 
     run_all(run, [job for job in jobs if job[1].size], threads)
@@ -181,7 +179,7 @@ def build_index(perf: PerfFile, samples: Samples, *, first_rank: int = 0) -> Ind
     for segment, low, high in zip(perf.segments, samples.firsts[:-1], samples.firsts[1:], strict=True):
         if high > low:
             duplicates += rec.mark_duplicates(
-                segment.buffer, perf.big, low, high, order, samples.time, samples.cpu, samples.event, samples.start
+                segment.buffer, perf.order, low, high, order, samples.time, samples.cpu, samples.event, samples.start
             )
     n_events = len(perf.events.names)
     counts = np.bincount(samples.event[samples.event >= 0], minlength=n_events)
