@@ -21,7 +21,7 @@ def parse_interrupts(text: str) -> dict[str, dict[str, object]]:
     table: dict[str, dict[str, object]] = {}
     for line in lines[1:]:
         name, _, rest = line.partition(":")
-        fields = rest.split(None, n_cpus)
+        fields = rest.split()
         counts = [int(field) for field in fields[:n_cpus] if field.isdigit()]
         label = " ".join(fields[len(counts) :])
         # ERR and MIS have one number for the whole machine.
@@ -43,16 +43,20 @@ def queue_irqs(access: HostAccess, iface: str) -> dict[int, int]:
     # A virtio device's interrupts are those of the PCI device it sits on, which may serve others too: by name.
     names = {name for name in (iface, bus_name) if name}
     queues: dict[int, int] = {}
+    whole: list[int] = []  # named as the device: the only vector, or the one for link changes
     for irq, row in parse_interrupts(access.try_read("proc/interrupts") or "").items():
         action = str(row["label"]).split(" ")[-1]
         if not irq.isdigit() or not (irq in owned or any(_names(name, action) for name in names)):
             continue
         if _NOT_RX.search(_strip(action, names)):
             continue
-        queue = _queue_of(action, names)
-        if queue is not None:
-            queues.setdefault(queue, int(irq))
-    return queues
+        rest = _strip(action, names)
+        number = re.search(r"(\d+)\D*$", rest)
+        if number or re.search(r"rx|input", rest, re.I):
+            queues.setdefault(int(number[1]) if number else 0, int(irq))
+        elif not rest.strip("-:. "):
+            whole.append(int(irq))
+    return queues or ({0: whole[0]} if len(whole) == 1 else {})
 
 
 def _names(device: str, action: str) -> bool:
@@ -65,12 +69,3 @@ def _strip(action: str, names: set[str]) -> str:
     for name in sorted(names, key=len, reverse=True):
         action = action.replace(name, "")
     return action
-
-
-def _queue_of(action: str, names: set[str]) -> int | None:
-    rest = _strip(action, names)
-    match = re.search(r"(\d+)\D*$", rest)
-    if match:
-        return int(match[1])
-    # A single vector: named as the interface, or "virtio3-rx".
-    return 0 if not rest.strip("-:. ") or re.search(r"rx|input", rest, re.I) else None
