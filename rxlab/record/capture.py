@@ -16,19 +16,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rxlab import stages
 from rxlab.errors import CaptureError, RxlabError, UsageError
 from rxlab.host.clockread import ClockSampler, read_clocks
 from rxlab.host.counters import difference, read_counters
 from rxlab.host.journal import Transaction, apply
 from rxlab.host.topology import local_identity, snapshot_host
 from rxlab.record.pcaprecord import PcapRecorder
-from rxlab.record.perfrecord import DEFAULT_PAGES, PerfRecorder, tracing_folder
+from rxlab.record.perfrecord import DEFAULT_PAGES, PerfRecorder
+from rxlab.record.recording import ARM_OF, DEFAULT_MIN_FREE, DEFAULT_SNAPLEN, Recording, check_tools
 from rxlab.record.spinner import all_cpus, start_spinners, stop_spinners
 from rxlab.record.testbed import NETNS_FOLDER, Endpoint, Testbed
 from rxlab.record.workload import Command, Traffic, Workload, open_traffic
 from rxlab.rundir import (
-    ARMS,
     CLOCK_JSON,
     COUNTERS_JSON,
     HOST_JSON,
@@ -40,51 +39,9 @@ from rxlab.rundir import (
     write_json,
 )
 
-# "none" is the recording side's other name of the untraced arm: no perf, no tcpdump, counters and logs only.
-ARM_OF = {"none": "untraced", **{arm: arm for arm in ARMS}}
-DEFAULT_SNAPLEN = 192
-DEFAULT_MIN_FREE = 256 << 20
 POLL_SECONDS = 0.1
 RESERVE = ".reserve"
 RESERVE_BYTES = 1 << 20
-IDLE_CHOICES = ("auto", "spin", "off")
-
-
-@dataclass(frozen=True)
-class Recording:
-    """How to record; :func:`capture` describes the fields."""
-
-    arm: str = "std"
-    capture_filter: str | None = None
-    snaplen: int = DEFAULT_SNAPLEN
-    cpus: str | None = None
-    pages: int = DEFAULT_PAGES
-    max_size: int | None = None
-    min_free: int = DEFAULT_MIN_FREE
-    idle: str = "auto"
-    idle_task_is_blind: bool | None = None
-    event_filters: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.arm not in ARMS:
-            raise UsageError(f"unknown event preset {self.arm!r}", expected=", ".join(ARM_OF))
-        if self.idle not in IDLE_CHOICES:
-            raise UsageError(f"unknown idle choice {self.idle!r}", expected=", ".join(IDLE_CHOICES))
-
-    @property
-    def has_pcap(self) -> bool:
-        """Tell whether tcpdump runs."""
-        return self.arm != "untraced"
-
-    @property
-    def events(self) -> tuple[str, ...]:
-        """Tracepoints of the arm; none for "untraced" and "pcap"."""
-        return stages.EVENT_PRESETS.get(self.arm, ())
-
-    @property
-    def spins(self) -> bool:
-        """Tell whether spinners run. Unknown counts as blind: a spinner costs less than events that are not there."""
-        return self.idle == "spin" or (self.idle == "auto" and self.idle_task_is_blind is not False)
 
 
 @dataclass
@@ -206,7 +163,7 @@ def capture(
         session = Session(folder, run, recording, dst, journal)
         session.save()
         try:
-            record(session, testbed.src if testbed is not None else None, load, duration, progress)
+            record(session, sender_of(testbed, dst), load, duration, progress)
         except BaseException as error:
             fail(session, error)
             raise
@@ -226,13 +183,11 @@ def endpoint_of(iface: str | None, netns: str | None) -> Endpoint:
     return Endpoint(name, iface, ipv4, ipv6)
 
 
-def check_tools(recording: Recording) -> None:
-    """Raise the one-line error for a tool or permission that is missing, before anything is made."""
-    wanted = (["tcpdump"] if recording.has_pcap else []) + (["perf"] if recording.events else [])
-    if missing := [tool for tool in wanted if shutil.which(tool) is None]:
-        raise CaptureError(f"not installed: {', '.join(missing)}", do="Run 'rxlab doctor' for the command that helps.")
-    if recording.events:
-        tracing_folder()
+def sender_of(testbed: Testbed | None, dst: Endpoint) -> Endpoint | None:
+    """Return where the workload's client runs; None when only a remote host can be meant."""
+    if testbed is not None:
+        return testbed.src
+    return dst if dst.iface == "lo" else None
 
 
 def make_folder(out: Path) -> Path:

@@ -19,7 +19,8 @@ from rxlab.errors import UsageError
 from rxlab.host.access import HostAccess
 from rxlab.host.journal import Transaction, apply
 from rxlab.host.settings import check_keys, parse_settings
-from rxlab.record.capture import ARM_OF, capture
+from rxlab.record.capture import capture
+from rxlab.record.recording import ARM_OF
 from rxlab.record.testbed import Testbed
 from rxlab.record.workload import Command, Workload
 from rxlab.rundir import RUN_JSON, RunDir, open_rundir, read_json, write_json

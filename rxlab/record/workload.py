@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -222,8 +223,8 @@ class BuiltinTraffic:
             script = CLIENT_SCRIPT.read_bytes()
             self._client = self._start(remote_argv(load.remote, len(script), [*arguments, "--log", "-"]), None)
             assert self._client.stdin is not None
-            self._client.stdin.write(script)
-            self._client.stdin.flush()
+            with suppress(BrokenPipeError):  # an ssh that failed says why on its standard error
+                self._client.stdin.write(script)
         else:
             local = [sys.executable, "-I", str(CLIENT_SCRIPT), *arguments, "--log", str(self._out / CLIENT_LOG)]
             self._client = self._start(in_netns(self._src.netns if self._src else None, local), None)
@@ -256,7 +257,8 @@ class BuiltinTraffic:
         """Open the barrier."""
         assert self._client is not None
         assert self._client.stdin is not None
-        self._client.stdin.write(b"go\n")
+        with suppress(BrokenPipeError):  # then its end, or its exit status, tells
+            self._client.stdin.write(b"go\n")
 
     def wait(self, timeout: float) -> bool:
         """Collect what the client prints until it ends."""
@@ -449,18 +451,14 @@ def open_private(path: Path) -> IO[bytes]:
 def close_quietly(stream: IO[bytes] | None) -> None:
     """Close a pipe whose other end may be gone."""
     if stream is not None:
-        try:
+        with suppress(OSError):
             stream.close()
-        except OSError:
-            return
 
 
 def kill_group(process: subprocess.Popen[bytes], signum: int) -> None:
     """Signal a process that was started in a session of its own, with its children."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signum)
-    except ProcessLookupError:
-        return
 
 
 def kill_after(process: subprocess.Popen[bytes], timeout: float) -> None:

@@ -1,0 +1,64 @@
+"""How a run is to be recorded: arm, filter, limits, spinners; and whether the tools for it are there."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from rxlab import stages
+from rxlab.errors import CaptureError, UsageError
+from rxlab.record.perfrecord import DEFAULT_PAGES, tracing_folder
+from rxlab.rundir import ARMS
+
+# "none" is the recording side's other name of the untraced arm: no perf, no tcpdump, counters and logs only.
+ARM_OF = {"none": "untraced", **{arm: arm for arm in ARMS}}
+DEFAULT_SNAPLEN = 192
+DEFAULT_MIN_FREE = 256 << 20
+IDLE_CHOICES = ("auto", "spin", "off")
+
+
+@dataclass(frozen=True)
+class Recording:
+    """How to record; :func:`capture` describes the fields."""
+
+    arm: str = "std"
+    capture_filter: str | None = None
+    snaplen: int = DEFAULT_SNAPLEN
+    cpus: str | None = None
+    pages: int = DEFAULT_PAGES
+    max_size: int | None = None
+    min_free: int = DEFAULT_MIN_FREE
+    idle: str = "auto"
+    idle_task_is_blind: bool | None = None
+    event_filters: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.arm not in ARMS:
+            raise UsageError(f"unknown event preset {self.arm!r}", expected=", ".join(ARM_OF))
+        if self.idle not in IDLE_CHOICES:
+            raise UsageError(f"unknown idle choice {self.idle!r}", expected=", ".join(IDLE_CHOICES))
+
+    @property
+    def has_pcap(self) -> bool:
+        """Tell whether tcpdump runs."""
+        return self.arm != "untraced"
+
+    @property
+    def events(self) -> tuple[str, ...]:
+        """Tracepoints of the arm; none for "untraced" and "pcap"."""
+        return stages.EVENT_PRESETS.get(self.arm, ())
+
+    @property
+    def spins(self) -> bool:
+        """Tell whether spinners run. Unknown counts as blind: a spinner costs less than events that are not there."""
+        return self.idle == "spin" or (self.idle == "auto" and self.idle_task_is_blind is not False)
+
+
+def check_tools(recording: Recording) -> None:
+    """Raise the one-line error for a tool or permission that is missing, before anything is made."""
+    wanted = (["tcpdump"] if recording.has_pcap else []) + (["perf"] if recording.events else [])
+    if missing := [tool for tool in wanted if shutil.which(tool) is None]:
+        raise CaptureError(f"not installed: {', '.join(missing)}", do="Run 'rxlab doctor' for the command that helps.")
+    if recording.events:
+        tracing_folder()
