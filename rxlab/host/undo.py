@@ -111,30 +111,33 @@ def restore_change(
         setting, before = Setting.from_json(fields), fields["before"]
         if before is None:
             continue
-        try:
-            now = setting.canonical(setting.read(access_of(setting.netns)))
-        except RxlabError as error:
-            report.gone.append(str(error))
-            continue
         last_seen = got.get(setting.label) if got is not None else None
-        if last_seen is not None and now not in (last_seen, setting.canonical(before)):
+        now = _value(setting, access_of)
+        if last_seen is not None and now not in (None, last_seen, setting.canonical(before)):
             report.foreign.append(f"{setting.label} is {now}, we had left it at {last_seen}")
         else:
             todo.append((setting, before))
-    # A write of low rank may reset settings of higher rank, so each is compared again when its turn comes.
+    # A write of low rank may reset settings of higher rank, or bring their queues back: each is looked at when its turn comes.
     for setting, before in sorted(todo, key=lambda item: item[0].rank):
         try:
-            _write_back(setting, before, access_of(setting.netns), report)
+            if _value(setting, access_of) is not None:
+                _write_back(setting, before, access_of(setting.netns), report)
         except RxlabError as error:
             report.failed.append(str(error))
     for setting, before in todo:
-        try:
-            now = setting.canonical(setting.read(access_of(setting.netns)))
-        except RxlabError as error:
-            report.failed.append(str(error))
-            continue
-        if now != setting.canonical(before):
+        now = _value(setting, access_of)
+        if now is None:
+            report.gone.append(setting.label)
+        elif now != setting.canonical(before) and not any(setting.label in text for text in report.failed):
             report.failed.append(f"{setting.label} is {now} and not {setting.canonical(before)}")
+
+
+def _value(setting: Setting, access_of: AccessCache) -> str | None:
+    """Return the canonical value now, None where interface, queue or namespace are gone."""
+    try:
+        return setting.canonical(setting.read(access_of(setting.netns)))
+    except RxlabError:
+        return None
 
 
 def _write_back(setting: Setting, before: str, access: HostAccess, report: RestoreReport) -> None:
