@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFor
 from rxlab.dataset import stats
 from rxlab.dataset.stats import Comparison
 from rxlab.errors import RxlabError
-from rxlab.stages import ORDER, PATH_KINDS, STAGE_INDEX, STAGE_NAMES
+from rxlab.stages import ORDER, PATH_KINDS, STAGE_INDEX
 
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, YELLOW, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#8A8F98",
@@ -168,7 +168,9 @@ def plot_packet(tree: xr.DataTree, packet: int | None = None) -> Figure:
 
 
 @_styled
-def plot_stage_bars(configurations: Mapping[str, Sequence[xr.DataTree]], *, quantile: float = 0.5) -> Figure:
+def plot_stage_bars(
+    configurations: Mapping[str, Sequence[xr.DataTree]], *, quantile: float = 0.5, title: str | None = None
+) -> Figure:
     """Draw where the time of the median packet goes, per configuration; segments add up to the quantile of total latency."""
     tables = {
         label: np.mean([stats.contributions(tree, quantile).values for tree in trees], axis=0)
@@ -217,7 +219,7 @@ def plot_stage_bars(configurations: Mapping[str, Sequence[xr.DataTree]], *, quan
     axes.set_xlabel("latency from the first kernel stage (µs)")
     axes.grid(axis="y", visible=False)
     figure.legend(*_handles(axes), loc="outside lower center", ncols=5, fontsize=8, columnspacing=1.2, handlelength=1.2)
-    axes.set_title(f"Where the time of the {_quantile_words(quantile)} packet goes")
+    axes.set_title(f"Where the time of the {_quantile_words(quantile)} packet goes" if title is None else title)
     return figure
 
 
@@ -352,7 +354,7 @@ def plot_steering(tree: xr.DataTree) -> Figure:
     entered = cpu[np.arange(len(cpu)), np.maximum(packets["t0_stage"].values, 0)]
     stack, reader = cpu[:, STAGE_INDEX["netif_receive_skb"]], packets["reader_cpu"].values
     n_cpus = int(max(entered.max(initial=0), cpu.max(initial=0), reader.max(initial=0))) + 1
-    figure = Figure(figsize=(8.2, 3.6 if n_cpus < 9 else 4.6), layout="constrained")
+    figure = Figure(figsize=(8.2, 2.9 if n_cpus <= 4 else 3.6 if n_cpus <= 8 else 4.6), layout="constrained")
     panels = (
         ("entered on CPU", entered, "protocol stack on CPU", stack),
         ("protocol stack on CPU", stack, "reader on CPU", reader),
@@ -379,6 +381,9 @@ def plot_steering(tree: xr.DataTree) -> Figure:
         axes.set_xticks(ticks)
         axes.set_yticks(ticks)
         axes.grid(visible=False)
+        for edge in np.arange(n_cpus - 1) + 0.5:
+            axes.axhline(edge, color="white", linewidth=2)
+            axes.axvline(edge, color="white", linewidth=2)
         axes.set_xlabel(right_label)
         axes.set_ylabel(left_label)
         stays = float(np.trace(share)) if known.any() else 0.0
@@ -387,7 +392,7 @@ def plot_steering(tree: xr.DataTree) -> Figure:
 
 
 @_styled
-def plot_coverage(coverage: xr.Dataset) -> Figure:
+def plot_coverage(coverage: xr.Dataset, *, title: str = "Coverage: of how many packets each stage was seen") -> Figure:
     """Draw of how many packets each stage was seen, and why not of the others."""
     rows = [str(s) for s in coverage["stage"].values if int(coverage["expected"].sel(stage=s))]
     part = coverage.sel(stage=rows)
@@ -425,7 +430,7 @@ def plot_coverage(coverage: xr.Dataset) -> Figure:
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("packets that require the stage")
     figure.legend(*_handles(axes), loc="outside lower center", ncols=6, fontsize=8)
-    axes.set_title("Coverage: of how many packets each stage was seen")
+    axes.set_title(title)
     return figure
 
 
@@ -463,7 +468,10 @@ def plot_clock(tree: xr.DataTree, *, windows: int = 200) -> Figure:
 
 @_styled
 def plot_arms(
-    arms: Mapping[str, Mapping[str, Sequence[np.ndarray]]], *, xlabel: str = "latency seen by the workload (µs)"
+    arms: Mapping[str, Mapping[str, Sequence[np.ndarray]]],
+    *,
+    xlabel: str = "latency seen by the workload (µs)",
+    title: str = "What the recording cost: untraced (full) against traced (open)",
 ) -> Figure:
     """Draw traced against untraced: what did the recording itself cost?
 
@@ -487,11 +495,6 @@ def plot_arms(
     axes.set_xscale("log")
     _log_ticks(axes)
     axes.set_xlabel(xlabel)
-    axes.legend(loc="upper right", ncols=3)
-    axes.set_title("What the recording cost: untraced (full) against traced (open)")
+    figure.legend(*_handles(axes), loc="outside lower center", ncols=3)
+    axes.set_title(title)
     return figure
-
-
-def stage_label(code: int) -> str:
-    """Return the stage a code stands for, ``-`` for -1."""
-    return STAGE_NAMES[code] if code >= 0 else "-"

@@ -1,0 +1,243 @@
+"""What did it do, by how much, and do the two kinds of evidence agree: the report's sentences.
+
+The verdict comes from the untraced runs, because recording costs more where RPS adds events; the explanation comes from the
+traced ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import xarray as xr
+
+from rxlab.dataset import stats
+from rxlab.dataset.stats import BETTER, CANNOT_TELL, WORSE, Comparison
+from rxlab.show.plots import microseconds
+from rxlab.show.trust import AnalysedRun
+
+# The workload's own latencies, the one nearest to the receive path first.
+METRICS = {
+    "one_way_latency": "message latency, from the client's intended send time to the return of the server's receive call",
+    "round_trip_latency": "request latency, from the intended send time to the arrival of the reply",
+}
+TRACED_ARMS = ("min", "std", "full")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A configuration against the baseline.
+
+    Attributes
+    ----------
+    a, b : str
+        Labels of baseline and configuration.
+    untraced, traced : list of Comparison
+        The verdict (corrected over all pairs) and, for the explanation, total_latency of the traced runs; may be empty.
+    explanation : dict of float to Dataset
+        Quantile -> contributions of the hops to the traced difference.
+    """
+
+    a: str
+    b: str
+    untraced: list[Comparison]
+    traced: list[Comparison]
+    explanation: dict[float, xr.Dataset] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer: one sentence, its tone, and the sentences below it."""
+
+    sentence: str
+    tone: str
+    more: list[str]
+
+
+def choose_metric(groups: Mapping[str, Sequence[AnalysedRun]]) -> str | None:
+    """Return the first of METRICS that every configuration has in its untraced runs; else in any run; else None."""
+    for is_candidate in (lambda run: run.arm == "untraced", lambda run: True):
+        for name in METRICS:
+            if groups and all(
+                any(is_candidate(run) and run.workload_latency(name) is not None for run in runs)
+                for runs in groups.values()
+            ):
+                return name
+    return None
+
+
+def latencies(runs: Sequence[AnalysedRun], metric: str | None, arms: Sequence[str]) -> list[np.ndarray]:
+    """Return the workload's latencies of the runs recorded in one of the arms."""
+    found = [run.workload_latency(metric) for run in runs if metric and run.arm in arms]
+    return [values for values in found if values is not None]
+
+
+def traced_trees(runs: Sequence[AnalysedRun]) -> list[xr.DataTree]:
+    """Return the datasets of the traced runs that have at least one packet with a total latency."""
+    return [run.tree for run in runs if run.is_traced and len(stats.hop_values(run.tree, "total_latency"))]
+
+
+def compare_all(groups: Mapping[str, Sequence[AnalysedRun]], metric: str | None) -> list[Pair]:
+    """Compare every configuration with the first one, correcting all verdicts together."""
+    labels = list(groups)
+    pairs = []
+    for label in labels[1:]:
+        sides = [latencies(groups[name], metric, ("untraced",)) for name in (labels[0], label)]
+        trees = [traced_trees(groups[name]) for name in (labels[0], label)]
+        untraced = stats.compare(*sides) if all(sides) else []
+        traced, explanation = [], {}
+        if all(trees):
+            traced = stats.compare(*[[stats.hop_values(tree, "total_latency") for tree in side] for side in trees])
+            explanation = {level: stats.explain(*trees, quantile=level) for level in (0.5, 0.99)}
+        pairs.append(Pair(labels[0], label, untraced, traced, explanation))
+    flat = stats.correct([comparison for pair in pairs for comparison in pair.untraced])
+    corrected = []
+    for pair in pairs:
+        mine, flat = flat[: len(pair.untraced)], flat[len(pair.untraced) :]
+        corrected.append(Pair(pair.a, pair.b, mine, pair.traced, pair.explanation))
+    return corrected
+
+
+def percent(ratio: float) -> str:
+    """Return a ratio as a signed change: 1.21 -> ``+21 %``, 0.995 -> minus half a percent with a real minus sign."""
+    change = 100 * (ratio - 1)
+    return (f"{change:+.1f} %" if abs(change) < 9.95 else f"{change:+.0f} %").replace("-", "\N{MINUS SIGN}")
+
+
+def comparison_words(comparison: Comparison) -> str:
+    """Return numbers, ratio and interval of one comparison."""
+    runs = (
+        f"{comparison.runs_a} and {comparison.runs_b} runs"
+        if comparison.runs_a != comparison.runs_b
+        else f"{comparison.runs_a} runs each"
+        if comparison.runs_a > 1
+        else "one run each"
+    )
+    return (
+        f"{microseconds(comparison.a)} → {microseconds(comparison.b)}, {percent(comparison.ratio)} "
+        f"(95 % interval {percent(comparison.ratio_low)} to {percent(comparison.ratio_high)}, {comparison.kind}; {runs})"
+    )
+
+
+def give_answer(groups: Mapping[str, Sequence[AnalysedRun]], pairs: Sequence[Pair], metric: str | None) -> Answer:
+    """Return the report's answer for any number of configurations."""
+    if len(groups) > 2:
+        return _answer_many(pairs, metric)
+    if pairs:
+        return _answer_pair(pairs[0], metric)
+    return _answer_single(groups)
+
+
+def _answer_pair(pair: Pair, metric: str | None) -> Answer:
+    more = [f"Measured is the {METRICS[metric]}."] if metric and pair.untraced else []
+    if not pair.untraced:
+        sentence = f"No verdict on {pair.b} against {pair.a}: there are no untraced runs of both."
+        return Answer(sentence, "none", more + _explain(pair))
+    median, tail = pair.untraced[0], pair.untraced[-1]
+    if median.verdict == CANNOT_TELL and tail.verdict == CANNOT_TELL:
+        sentence = f"Cannot tell {pair.b} from {pair.a}: the median goes {comparison_words(median)}."
+        if median.more_repetitions:
+            wanted = (
+                f"more than {median.more_repetitions:,}"
+                if median.more_repetitions >= 10_000
+                else f"about {median.more_repetitions:,}"
+            )
+            more.insert(
+                0,
+                f"A difference of this size in the median would need {wanted} repetitions of each configuration to be seen.",
+            )
+        elif median.kind == "within one run":
+            more.insert(
+                0,
+                "One run of each says how exact that run is, not whether the next one would be the same; repeat at least 5 times.",
+            )
+    elif median.verdict == CANNOT_TELL:
+        sentence = f"With {pair.b} the slowest 1 % is {_word(tail.verdict)} than with {pair.a}: p99 {comparison_words(tail)}. The median does not tell them apart."
+    else:
+        sentence = (
+            f"With {pair.b} the median is {_word(median.verdict)} than with {pair.a}: {comparison_words(median)}."
+        )
+    if median.verdict != CANNOT_TELL or tail.verdict == CANNOT_TELL:
+        more.insert(
+            0,
+            f"The p99 goes {comparison_words(tail)}: {'cannot tell' if tail.verdict == CANNOT_TELL else _word(tail.verdict)}.",
+        )
+    verdicts = {c.verdict for c in pair.untraced} - {CANNOT_TELL}
+    tone = {frozenset(): "cannot", frozenset({BETTER}): "better", frozenset({WORSE}): "worse"}.get(
+        frozenset(verdicts), "mixed"
+    )
+    return Answer(sentence, tone, more + _explain(pair))
+
+
+def _word(verdict: str) -> str:
+    return "faster" if verdict == BETTER else "slower"
+
+
+def _explain(pair: Pair) -> list[str]:
+    """Return the traced runs' explanation and whether it agrees with the verdict."""
+    if not pair.explanation:
+        return ["There are no traced runs of both configurations, so nothing explains it."]
+    explanation = pair.explanation[0.5]
+    total = float(explanation["total"])
+    order = np.argsort(-np.abs(explanation["difference"].values))[:3]
+    parts = [f"{explanation['hop'].values[i]} {_signed(float(explanation['difference'].values[i]))}" for i in order]
+    lines = [
+        f"Explanation from the traced runs: the median packet takes {_signed(total)} from the first kernel stage to recvmsg; the hops that carry most of it are {', '.join(parts)}."
+    ]
+    if pair.untraced:
+        lines.append(_agreement(pair.untraced[0], pair.traced[0]))
+    return lines
+
+
+def _signed(ns: float) -> str:
+    return ("+" if ns >= 0 else "\N{MINUS SIGN}") + microseconds(abs(ns))
+
+
+def _agreement(untraced: Comparison, traced: Comparison) -> str:
+    if untraced.verdict == CANNOT_TELL:
+        return "The untraced runs do not tell the configurations apart, so the traced difference explains no verdict; it includes the cost of recording."
+    is_same = (untraced.ratio < 1) == (traced.ratio < 1)
+    if is_same:
+        return "Traced and untraced runs agree on the direction."
+    return "Traced and untraced runs DISAGREE on the direction: recording adds time where it adds events, so trust the untraced verdict and not the explanation."
+
+
+def _answer_many(pairs: Sequence[Pair], metric: str | None) -> Answer:
+    known = [pair for pair in pairs if pair.untraced]
+    if not known:
+        return Answer("No verdict: there are no untraced runs of the configurations.", "none", [])
+    better = [pair for pair in known if pair.untraced[0].verdict == BETTER]
+    more = [f"Measured is the {METRICS[metric]}."] if metric else []
+    if better:
+        best = min(better, key=lambda pair: pair.untraced[0].ratio)
+        sentence = f"Of {len(pairs) + 1} configurations {best.b} has the lowest median: {comparison_words(best.untraced[0])} against {best.a}."
+        return Answer(sentence, "better", more + _explain(best))
+    worse = sum(pair.untraced[0].verdict == WORSE for pair in known)
+    sentence = f"No configuration has a lower median than {known[0].a}: {worse} of {len(known)} are slower, the others cannot be told from it."
+    return Answer(sentence, "worse" if worse == len(known) else "cannot", more)
+
+
+def _answer_single(groups: Mapping[str, Sequence[AnalysedRun]]) -> Answer:
+    for runs in groups.values():
+        trees = traced_trees(runs)
+        if not trees:
+            continue
+        total = stats.estimate_quantile([stats.hop_values(tree, "total_latency") for tree in trees], 0.5)
+        parts = stats.contributions(trees[0], 0.5)
+        first = np.argsort(-parts.values)[:3]
+        words = [f"{parts['hop'].values[i]} {microseconds(float(parts.values[i]))}" for i in first]
+        interval = (
+            f" (95 % interval {microseconds(total.low)} to {microseconds(total.high)}, {total.kind})"
+            if np.isfinite(total.low)
+            else ""
+        )
+        sentence = f"The median packet takes {microseconds(total.value)}{interval} from the first kernel stage seen to recvmsg."
+        return Answer(
+            sentence,
+            "none",
+            [
+                f"Most of it: {', '.join(words)}. One configuration gives no comparison, and these times include the cost of recording."
+            ],
+        )
+    return Answer("There is nothing to say: no packet was followed.", "none", [])

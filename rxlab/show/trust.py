@@ -1,0 +1,340 @@
+"""Can I believe it? One check per way a result can be wrong, over all runs of a report, the worst run first."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from rxlab.dataset import stats
+from rxlab.show.plots import microseconds
+from rxlab.stages import STATUSES
+
+GOOD, INFO, WARN, BAD, NONE = "good", "info", "warn", "bad", "none"
+_SEVERITY = {NONE: 0, INFO: 0, GOOD: 1, WARN: 2, BAD: 3}
+TESTBED_WARNING = "testbed: not transferable to a NIC"
+RECORDED_NOTE = "recorded data, not this machine"
+
+
+@dataclass(frozen=True)
+class AnalysedRun:
+    """A run with its analysis, as the report takes it.
+
+    Attributes
+    ----------
+    run, host : dict
+        run.json and host.json.
+    tree : xarray.DataTree
+        The dataset; a run without trace has /app and /counters only.
+    verify : dict or None
+        What ``rxlab verify`` says; None without trace.
+    path : Path
+    """
+
+    run: dict[str, Any]
+    host: dict[str, Any]
+    tree: xr.DataTree
+    verify: dict[str, Any] | None
+    path: Path = field(default_factory=Path)
+
+    @property
+    def arm(self) -> str:
+        return str(self.run.get("arm") or "")
+
+    @property
+    def is_traced(self) -> bool:
+        return "packets" in self.tree.children
+
+    @property
+    def gates(self) -> dict[str, Any]:
+        """The join's hard checks, empty without trace."""
+        found = json.loads(str(self.tree.attrs.get("gates") or "{}"))
+        return found if isinstance(found, dict) else {}
+
+    def workload_latency(self, name: str) -> np.ndarray | None:
+        """Return one of the workload's own latencies (ns, NaN left out), None where the run has none."""
+        if "app" not in self.tree.children or name not in self.tree["app"].to_dataset():
+            return None
+        values = self.tree["app"].to_dataset()[name].values
+        values = values[~np.isnan(values)]
+        return values if len(values) else None
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the trust panel: what was checked, its state, what was found."""
+
+    name: str
+    state: str
+    summary: str
+
+
+def trust_panel(runs: Sequence[AnalysedRun], *, recorded: bool, overhead: Sequence[tuple[str, float]]) -> list[Check]:
+    """Return all checks of a report, in the order a sceptic asks.
+
+    Parameters
+    ----------
+    overhead : sequence of (configuration, ratio)
+        Median latency of the workload, traced over untraced.
+    """
+    traced = [run for run in runs if run.is_traced]
+    checks = [_origin(runs, recorded), _ended(runs), _repetitions(runs)]
+    if traced:
+        checks += [
+            _verified(traced),
+            _coverage(traced),
+            _flagged(traced),
+            _lost(traced),
+            _captured(traced),
+            _clock(traced),
+            _blind(traced),
+            _bytes(traced),
+        ]
+    checks += [_counters(traced), _overhead(overhead), _restored(runs)]
+    return checks
+
+
+def overall(checks: Sequence[Check]) -> str:
+    """Return the worst state of the checks."""
+    return max((check.state for check in checks), key=_SEVERITY.__getitem__, default=NONE)
+
+
+def _origin(runs: Sequence[AnalysedRun], recorded: bool) -> Check:
+    notes = []
+    if any(run.run.get("testbed") for run in runs):
+        notes.append(f"{TESTBED_WARNING}. No NIC and no hard interrupt took part, and RPS here relieves the sender")
+    if recorded:
+        notes.append(RECORDED_NOTE)
+    if not notes:
+        return Check("Where it was measured", GOOD, "on this host's own interface")
+    return Check("Where it was measured", WARN if "testbed" in notes[0] else INFO, "; ".join(notes) + ".")
+
+
+def _ended(runs: Sequence[AnalysedRun]) -> Check:
+    problems = [text for run in runs for text in run.run.get("problems") or []]
+    broken = sum(run.run.get("status") != "complete" for run in runs)
+    if broken or problems:
+        return Check(
+            "Runs ended well",
+            BAD if broken else WARN,
+            f"{broken} of {len(runs)} did not end well. " + "; ".join(problems[:3]),
+        )
+    return Check("Runs ended well", GOOD, f"all {len(runs)}")
+
+
+def _repetitions(runs: Sequence[AnalysedRun]) -> Check:
+    counts: dict[str, int] = {}
+    for run in runs:
+        key = json.dumps(run.run.get("configuration") or {}, sort_keys=True)
+        counts[key] = counts.get(key, 0) + (run.arm == "untraced")
+    least = min(counts.values(), default=0)
+    if least == 0:
+        return Check(
+            "Untraced repetitions", WARN, "none for at least one configuration: without them there is no verdict"
+        )
+    if least == 1:
+        return Check(
+            "Untraced repetitions",
+            WARN,
+            "one per configuration: it cannot tell a difference from the next run's; repeat at least 5 times",
+        )
+    return Check(
+        "Untraced repetitions",
+        GOOD if least >= 5 else WARN,
+        f"{least} per configuration" + ("" if least >= 5 else ": intervals are wide below 5"),
+    )
+
+
+def _verified(runs: Sequence[AnalysedRun]) -> Check:
+    found = [run.verify for run in runs if run.verify]
+    checked = sum(int(v.get("checked") or 0) for v in found)
+    if not checked:
+        return Check("Join against the workload's log", NONE, "no workload log to compare with")
+    wrong = sum(int(v.get("misjoined") or 0) for v in found)
+    return Check(
+        "Join against the workload's log",
+        GOOD if wrong == 0 else BAD,
+        f"{wrong} mis-joined of {checked:,} packets checked",
+    )
+
+
+def _coverage(runs: Sequence[AnalysedRun]) -> Check:
+    worst, where = 1.0, ""
+    for run in runs:
+        coverage = run.tree["coverage"].to_dataset()
+        fraction = np.where(coverage["expected"].values > 0, coverage["fraction"].values, 1.0)
+        least = int(np.argmin(fraction))
+        if fraction[least] < worst:
+            worst, where = float(fraction[least]), str(coverage["stage"].values[least])
+    complete = min(
+        (float(run.verify["complete"]) for run in runs if run.verify and run.verify.get("complete") is not None),
+        default=float("nan"),
+    )
+    text = (
+        f"worst stage {100 * worst:.2f} %"
+        + (f" ({where})" if where else "")
+        + (f", complete packets {100 * complete:.2f} %" if complete == complete else "")
+    )
+    low = min(worst, complete) if complete == complete else worst
+    return Check("Coverage per stage", GOOD if low >= 0.99 else WARN if low >= 0.95 else BAD, text)
+
+
+def _flagged(runs: Sequence[AnalysedRun]) -> Check:
+    shares = []
+    for run in runs:
+        packets = run.tree["packets"].to_dataset()
+        data = packets["is_data"].values.astype(bool)
+        doubtful = np.isin(
+            packets["status"].values,
+            [STATUSES.index(name) for name in ("ambiguous", "negative", "incomplete", "unmatched", "lost", "blind")],
+        )
+        shares.append(float((doubtful & data).sum() / max(data.sum(), 1)))
+    worst = max(shares)
+    return Check(
+        "Packets that could not be followed",
+        GOOD if worst <= 0.01 else WARN if worst <= 0.05 else BAD,
+        f"at most {100 * worst:.2f} % of a run's data packets, left out and counted",
+    )
+
+
+def _lost(runs: Sequence[AnalysedRun]) -> Check:
+    lost = sum(int(run.tree.attrs.get("lost") or 0) for run in runs)
+    return Check("Kernel events lost by perf", GOOD if lost == 0 else BAD, f"{lost:,}")
+
+
+def _captured(runs: Sequence[AnalysedRun]) -> Check:
+    counts = [run.run.get("tcpdump") or {} for run in runs]
+    known = [c for c in counts if c.get("captured") is not None and c.get("received") is not None]
+    if not known:
+        return Check("Packets captured = received", NONE, "tcpdump's counts were not recorded")
+    captured, received, dropped = (
+        sum(int(c.get(key) or 0) for c in known) for key in ("captured", "received", "dropped")
+    )
+    is_equal = all(c["captured"] == c["received"] for c in known) and dropped == 0
+    return Check(
+        "Packets captured = received",
+        GOOD if is_equal else BAD,
+        f"{captured:,} captured, {received:,} received, {dropped:,} dropped by the kernel",
+    )
+
+
+def _clock(runs: Sequence[AnalysedRun]) -> Check:
+    bounds = [float(run.tree["clocks"].to_dataset()["bound"]) for run in runs]
+    places = sorted({str(run.tree["clocks"].to_dataset()["stamp_position"].values) for run in runs})
+    worst = max(bounds)
+    state = NONE if not np.isfinite(worst) else GOOD if worst <= 1000 and "unknown" not in places else WARN
+    return Check("Clocks", state, f"error bound ±{worst:.0f} ns; capture stamps taken at: {', '.join(places)}")
+
+
+def _blind(runs: Sequence[AnalysedRun]) -> Check:
+    windows = hidden = 0
+    share = 0.0
+    for run in runs:
+        gate = run.gates.get("blind") or {}
+        length = max(int(run.run.get("stop_ns") or 0) - int(run.run.get("start_ns") or 0), 1)
+        windows += int(gate.get("violations") or 0)
+        share = max(share, float(gate.get("window_ns") or 0) / length)
+        hidden += int(run.tree["coverage"].to_dataset()["packets"].sel(cause="blind").values)
+    if not windows:
+        return Check("Blind windows", GOOD, "none: perf delivered every task switch")
+    return Check(
+        "Blind windows",
+        GOOD if share < 0.01 else WARN,
+        f"{windows:,} in which perf delivered nothing, up to {100 * share:.2f} % of a run; they hid {hidden:,} packets",
+    )
+
+
+def _bytes(runs: Sequence[AnalysedRun]) -> Check:
+    answers = [run.verify.get("byte_sums_equal") for run in runs if run.verify]
+    known = [answer for answer in answers if answer is not None]
+    if not known:
+        return Check("Bytes read = bytes on the wire", NONE, "not checked")
+    return Check(
+        "Bytes read = bytes on the wire",
+        GOOD if all(known) else BAD,
+        f"equal in {sum(map(bool, known))} of {len(known)} runs",
+    )
+
+
+def _counters(runs: Sequence[AnalysedRun]) -> Check:
+    answers = [run.verify.get("counters_agree") for run in runs if run.verify]
+    oks = [
+        bool(answer.get("ok")) if isinstance(answer, dict) else bool(answer) for answer in answers if answer is not None
+    ]
+    if not oks:
+        return Check("Kernel counters against the join", NONE, "not compared")
+    detail = ""
+    for answer in answers:
+        if isinstance(answer, dict) and (pair := answer.get("received_rps")) and pair.get("counter"):
+            detail = f"; RPS packets: {int(pair['counter']):,} counted by the kernel, {int(pair['joined']):,} joined"
+    return Check(
+        "Kernel counters against the join",
+        GOOD if all(oks) else WARN,
+        f"agree in {sum(oks)} of {len(oks)} runs{detail}",
+    )
+
+
+def _overhead(overhead: Sequence[tuple[str, float]]) -> Check:
+    if not overhead:
+        return Check("Cost of recording", NONE, "no untraced and traced run of one configuration to compare")
+    text = ", ".join(f"{label}: ×{ratio:.2f}" for label, ratio in overhead)
+    return Check(
+        "Cost of recording",
+        INFO,
+        f"median latency of the workload, traced over untraced: {text}. So verdicts come from untraced runs",
+    )
+
+
+def _restored(runs: Sequence[AnalysedRun]) -> Check:
+    answers = [run.run.get("got", {}).get("restored") for run in runs if not run.run.get("testbed")]
+    if not answers:
+        return Check("Settings restored", GOOD, "settings were made inside the testbed and went with it")
+    if all(answer is None for answer in answers):
+        return Check("Settings restored", NONE, "no setting was changed, or the run does not say")
+    return Check(
+        "Settings restored",
+        GOOD if all(answer for answer in answers if answer is not None) else BAD,
+        "the host is as it was before"
+        if all(answer for answer in answers if answer is not None)
+        else "not all: run 'rxlab restore'",
+    )
+
+
+def run_rows(runs: Sequence[AnalysedRun], labels: Sequence[str]) -> list[dict[str, Any]]:
+    """Return one row of facts per run, for the table under the panel."""
+    rows = []
+    for run, label in zip(runs, labels, strict=True):
+        row: dict[str, Any] = {
+            "name": run.path.name or "-",
+            "configuration": label,
+            "arm": run.arm,
+            "verdict": "-",
+            "reasons": "",
+            "packets": None,
+            "complete": None,
+            "misjoined": None,
+            "lost": None,
+        }
+        for name in ("one_way_latency", "round_trip_latency"):
+            values = run.workload_latency(name)
+            row[name] = None if values is None else stats.quantile_interval(values, 0.5).value
+        if run.is_traced:
+            verify = run.verify or {}
+            row |= {
+                "verdict": str(run.tree.attrs.get("verdict", "-")),
+                "reasons": str(run.tree.attrs.get("reasons", "")),
+                "packets": int(run.tree["packets"].sizes["packet"]),
+                "complete": verify.get("complete"),
+                "misjoined": verify.get("misjoined"),
+                "lost": int(run.tree.attrs.get("lost") or 0),
+                "bound": float(run.tree["clocks"].to_dataset()["bound"]),
+                "stamp": str(run.tree["clocks"].to_dataset()["stamp_position"].values),
+            }
+        row["median_text"] = microseconds(row["one_way_latency"]) if row["one_way_latency"] else "-"
+        rows.append(row)
+    return rows
