@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import stat
 import struct
@@ -20,9 +21,9 @@ from rxlab.host.journal import apply
 from rxlab.record import capture as capturing
 from rxlab.record import pcaprecord, perfrecord
 from rxlab.record.capture import capture
-from rxlab.record.recording import Recording
 from rxlab.record.pcaprecord import PcapRecorder
 from rxlab.record.perfrecord import PerfRecorder, count_lost, filter_of, split_events
+from rxlab.record.recording import Recording
 from rxlab.record.spinner import start_spinners, stop_spinners
 from rxlab.record.workload import Workload
 from rxlab.rundir import open_rundir
@@ -149,6 +150,15 @@ def test_extra_filters_join_the_usual_ones(tmp_path: Path, monkeypatch: pytest.M
     extra = {"net:netif_rx": 'name == "eth0"', "net:other": "a == 1"}
     recorder = PerfRecorder(tmp_path / "perf.data", ["net:netif_rx"], extra_filters=extra)
     assert recorder.filters == {"net:netif_rx": 'name == "eth0"'}
+
+
+def test_the_rings_fit_the_size_limit() -> None:
+    cpus = os.cpu_count() or 1
+    assert perfrecord.pages_within(8192, None) == 8192
+    assert perfrecord.pages_within(8192, 1 << 40) == 8192
+    few = perfrecord.pages_within(8192, 64 * cpus << 20)
+    assert few * mmap.PAGESIZE * cpus <= 32 * cpus << 20
+    assert perfrecord.pages_within(8192, 1) == perfrecord.MIN_PAGES
 
 
 def test_no_event_at_all_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

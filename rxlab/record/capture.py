@@ -22,7 +22,7 @@ from rxlab.host.counters import difference, read_counters
 from rxlab.host.journal import Transaction, apply
 from rxlab.host.topology import local_identity, snapshot_host
 from rxlab.record.pcaprecord import PcapRecorder
-from rxlab.record.perfrecord import DEFAULT_PAGES, PerfRecorder
+from rxlab.record.perfrecord import DEFAULT_PAGES, PerfRecorder, pages_within
 from rxlab.record.recording import ARM_OF, DEFAULT_MIN_FREE, DEFAULT_SNAPLEN, Recording, check_tools
 from rxlab.record.spinner import all_cpus, start_spinners, stop_spinners
 from rxlab.record.testbed import NETNS_FOLDER, Endpoint, Testbed
@@ -117,7 +117,8 @@ def capture(
     pages : int
         perf ring buffer pages per CPU.
     max_size, min_free : int
-        Bytes: the capture ends early, as partial, when the run grows above `max_size` or the disk has less than `min_free` left.
+        Bytes: the capture ends early, as partial, when the run would grow above `max_size` or leave less than `min_free` on
+        the disk, both with what perf's ring buffers can still hold. 0 for `min_free` does not look.
     idle : {"auto", "spin", "off"}
         Spinners (record/spinner.py); "auto" runs them unless `idle_task_is_blind` is False (what doctor's check found).
     event_filters : mapping, optional
@@ -330,7 +331,7 @@ def start_recorders(session: Session) -> None:
         session.perf = PerfRecorder(
             session.out / PERF_DATA,
             events,
-            recording.pages,
+            pages_within(recording.pages, recording.max_size),
             recording.cpus,
             start_process,
             extra_filters=recording.event_filters,
@@ -372,12 +373,14 @@ def limit_reached(session: Session) -> str | None:
     for name, recorder in (("tcpdump", session.pcap), ("perf", session.perf)):
         if recorder is not None and not recorder.is_alive():
             return f"{name} ended by itself"
+    # perf writes a ring when it is half full: what the rings hold is on its way to the disk.
+    pending = session.perf.ring_bytes if session.perf is not None else 0
     size = sum(entry.stat().st_size for entry in session.out.iterdir() if entry.is_file())
-    if recording.max_size is not None and size > recording.max_size:
-        return f"the run reached {size} bytes, --max-size is {recording.max_size}"
+    if recording.max_size is not None and size + pending > recording.max_size:
+        return f"the run reached {size} bytes and up to {pending} to come, --max-size is {recording.max_size}"
     free = shutil.disk_usage(session.out).free
-    if free < recording.min_free:
-        return f"the disk has {free} bytes left, the limit is {recording.min_free}"
+    if recording.min_free and free - pending < recording.min_free:
+        return f"the disk has {free} bytes left, up to {pending} are to come, the limit is {recording.min_free}"
     return None
 
 
@@ -411,8 +414,7 @@ def pcap_problems(result: Mapping[str, Any]) -> list[str]:
 def conclude(session: Session) -> None:
     """Judge the run and write the final run.json."""
     got = session.run["got"]
-    for reason in session.stopped_early:
-        session.problem(f"ended early: {reason}")
+    session.run["problems"][:0] = [f"ended early: {reason}" for reason in session.stopped_early]
     codes = got.get("workload", {})
     for who in ("client", "server"):
         if codes.get(f"{who}_exit_code") not in (0, None):

@@ -24,6 +24,7 @@ TRACEFS = (Path("/sys/kernel/tracing"), Path("/sys/kernel/debug/tracing"))
 ACK_TIMEOUT = 20.0
 STOP_TIMEOUT = 60.0
 DEFAULT_PAGES = 8192  # per CPU: 0 lost at 0.3 to 0.5 M events/s
+MIN_PAGES = 64
 COUNT_LOST_LIMIT = 1 << 29  # bytes; a larger file's losses are counted by the analysis alone
 
 # include/uapi/linux/perf_event.h: struct perf_event_header {u32 type; u16 misc; u16 size;}; PERF_RECORD_LOST carries
@@ -71,6 +72,18 @@ def filter_of(event: str) -> str | None:
     return expression if set(re.findall(r"[A-Za-z_]\w*", expression)) <= fields else None
 
 
+def pages_within(pages: int, max_size: int | None) -> int:
+    """Return how many ring buffer pages per CPU fit: all rings together take half of `max_size` at most."""
+    while max_size is not None and pages > MIN_PAGES and ring_bytes(pages) > max_size // 2:
+        pages //= 2
+    return pages
+
+
+def ring_bytes(pages: int) -> int:
+    """Return what the rings of all CPUs hold."""
+    return pages * mmap.PAGESIZE * (os.cpu_count() or 1)
+
+
 @dataclass
 class PerfRecorder:
     """One ``perf record`` process for the whole machine.
@@ -113,6 +126,11 @@ class PerfRecorder:
         self._fifos = [self.path.with_name(f".perf.{name}") for name in ("ctl", "ack")]
         self._ends: list[int] = []
         self._stderr: IO[bytes] | None = None
+
+    @property
+    def ring_bytes(self) -> int:
+        """What the rings of all CPUs can hold before perf writes it."""
+        return ring_bytes(self.pages)
 
     def argv(self) -> list[str]:
         """Return the command line."""
@@ -208,6 +226,7 @@ class PerfRecorder:
             "events": self.events,
             "missing_events": self.missing_events,
             "filters": self.filters,
+            "pages": self.pages,
             "lost": count_lost(self.path),
             "stderr": last_message(message),
         }

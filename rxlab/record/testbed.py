@@ -83,7 +83,7 @@ class Testbed:
     Parameters
     ----------
     gro : bool
-        Switch GRO on at both ends: the veth then runs NAPI (``napi_gro_receive``) instead of ``netif_rx``.
+        Switch GRO on and TSO off at both ends: the veth then runs NAPI (``napi_gro_receive``) instead of ``netif_rx``.
     mtu : int
     registry : Registry, optional
         Told of the namespaces *before* they exist, so that a SIGKILL at any moment leaves nothing behind.
@@ -167,7 +167,8 @@ class Testbed:
         ]
         self._run(["ip", "-n", str(end.netns), "-batch", "-"], stdin="\n".join(lines) + "\n")
         if self.gro:
-            self._run(end.command(["ethtool", "-K", end.iface, "gro", "on"]))
+            # A veth hands packets to the peer's NAPI only when its own sender does not segment (drivers/net/veth.c).
+            self._run(end.command(["ethtool", "-K", end.iface, "gro", "on", "tso", "off"]))
 
     def _verify(self, end: Endpoint) -> None:
         state = self._run(["ip", "-n", str(end.netns), "-o", "link", "show", "dev", end.iface])
