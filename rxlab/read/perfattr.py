@@ -82,8 +82,8 @@ _TRAILER = (
 
 # Columns of the table that tells the kernels in perfrecords where a sample keeps what: byte offsets from the record's
 # start (-1: not recorded), then how the variable parts before the raw bytes look.
-L_MIN_SIZE, L_TID, L_TIME, L_CPU, L_IP, L_ADDR, L_PERIOD, L_TAIL, L_READ, L_CALLCHAIN, L_RAW = range(11)
-LAYOUT_COLUMNS = 11
+L_MIN_SIZE, L_TID, L_TIME, L_CPU, L_IP, L_ADDR, L_PERIOD, L_TAIL, L_READ, L_CALLCHAIN, L_RAW, L_TYPE = range(12)
+LAYOUT_COLUMNS = 12
 
 _HARDWARE = (
     "cycles",
@@ -174,7 +174,9 @@ class Attr:
         # 0: no READ part; else 1 + read_format, whose low five bits say which words it has.
         read = 1 + (self.read_format & 31) if is_read else 0
         row = [tail, at["tid"], at["time"], at["cpu"], at["ip"], at["addr"], at["period"], tail, read]
-        return [*row, int(bool(self.sample_type & SAMPLE_CALLCHAIN)), int(bool(self.sample_type & SAMPLE_RAW))]
+        has_callchain, has_raw = (int(bool(self.sample_type & bit)) for bit in (SAMPLE_CALLCHAIN, SAMPLE_RAW))
+        # common_type of the raw bytes: in a group, a member's sample carries the leader's raw bytes, which are not its own.
+        return [*row, has_callchain, has_raw, self.config & 0xFFFF if self.is_tracepoint else -1]
 
 
 def positions(sample_type: int) -> dict[str, int]:

@@ -8,17 +8,22 @@ straight into their final columns, event by event on demand or all at once with 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rxlab.errors import MissingEventError
-from rxlab.read import perfindex
+from rxlab.errors import MissingEventError, TruncatedFileError, UsageError
+from rxlab.read import perfgather, perfindex
 from rxlab.read.columns import Columns
 from rxlab.read.perfcolumns import gather_columns
 from rxlab.read.perffile import PerfFile, open_perffile
-from rxlab.read.perfmeta import describe, read_lost
+from rxlab.read.perfindex import Index, Tables
+from rxlab.read.perfmeta import LOST, LOST_SAMPLES, count_index, describe, describe_counts, read_lost
+from rxlab.read.perfwindows import FOREVER, Summary, choose_edges, iterate_windows, summarize
 
 
 class PerfData:
@@ -39,10 +44,8 @@ class PerfData:
         See :func:`rxlab.read.perfmeta.describe`.
     """
 
-    def __init__(
-        self, perf: PerfFile, index: perfindex.Index, meta: dict[str, Any], lost: Columns, threads: int
-    ) -> None:
-        self._perf, self._index, self._threads = perf, index, threads
+    def __init__(self, source: Source, index: Index | None, meta: dict[str, Any], lost: Columns) -> None:
+        self._source, self._whole = source, index
         self._decoded: dict[str, Columns] = {}
         self.meta = meta
         self.lost = lost
@@ -51,22 +54,86 @@ class PerfData:
     def __repr__(self) -> str:
         return f"<PerfData {self.meta['path']}: {self.meta['samples']} samples of {len(self.events)} events>"
 
+    @property
+    def _index(self) -> Index:
+        if self._whole is None:
+            source = self._source
+            samples = perfindex.read_samples(source.perf, source.tables, threads=source.threads)
+            self._whole = perfindex.build_index(source.perf, samples)
+        return self._whole
+
     def _names(self) -> list[str]:
-        return list(self.meta["samples_per_event"])
+        return [
+            name
+            for name in self.meta["samples_per_event"]
+            if self._source.wanted is None or name in self._source.wanted
+        ]
 
     def _decode(self, names: list[str]) -> None:
-        numbers = [self._perf.events.names.index(name) for name in names if name not in self._decoded]
+        source = self._source
+        numbers = [source.perf.events.names.index(name) for name in names if name not in self._decoded]
         columns, short = gather_columns(
-            self._perf, self._index, numbers, threads=self._threads, clock=self.meta["clock"]
+            source.perf, self._index, numbers, threads=source.threads, clock=self.meta["clock"]
         )
         self._decoded.update(columns)
-        if short:
-            self.meta["short_fields"] = self.meta.get("short_fields", 0) + short
+        self.meta["missing_values"] = self.meta.get("missing_values", 0) + short
 
     def load(self) -> PerfData:
         """Decode every event now, in one pass over the file, and return self."""
         self._decode(self._names())
         return self
+
+    def stats(self) -> dict[str, Any]:
+        """Return counts and span without decoding any field.
+
+        Keys: ``samples, samples_per_event, first_ns, last_ns, lost`` (samples the kernel could not deliver),
+        ``lost_by_kind`` {``LOST``, ``LOST_SAMPLES``: two counts of the same losses}, ``duplicates, unknown_ids, truncated, warnings``.
+        """
+        by_kind = {
+            kind.decode(): int(self.lost["count"][self.lost["kind"] == kind].sum()) for kind in (LOST, LOST_SAMPLES)
+        }
+        keys = (
+            "samples",
+            "samples_per_event",
+            "first_ns",
+            "last_ns",
+            "duplicates",
+            "unknown_ids",
+            "truncated",
+            "warnings",
+        )
+        return {**{key: self.meta[key] for key in keys}, "lost": max(by_kind.values()), "lost_by_kind": by_kind}
+
+    def iter_chunks(self, n_samples: int | None = None, *, window_ns: int | None = None) -> Iterator[PerfData]:
+        """Yield the recording in windows of time, each a PerfData of its own, with bounded memory.
+
+        The windows' columns one after the other are the recording's; ``rank`` goes on from window to window, ``meta`` counts
+        the window's samples, ``lost`` has the losses recorded in it.
+
+        Parameters
+        ----------
+        n_samples : int, optional
+            About so many samples each; default: ``chunks=`` of :func:`read_perfdata`, else a million.
+        window_ns : int, optional
+            Windows of this length instead.
+        """
+        source = self._source
+        summary = source.summary()
+        edges = choose_edges(source.perf, summary, n_samples or source.chunks or 1_000_000)
+        if window_ns is not None:
+            if window_ns <= 0:
+                raise UsageError(
+                    "a window needs a length", found=f"window_ns={window_ns}", expected="nanoseconds above 0"
+                )
+            first, last = summary.counts.first_ns, summary.counts.last_ns
+            edges = [*range(first, last + 1, window_ns), FOREVER] if first is not None and last is not None else edges
+        lost_time = np.clip(self.lost["time"], edges[0], None)
+        for number, index in enumerate(
+            iterate_windows(source.perf, source.tables, edges, summary, threads=source.threads)
+        ):
+            meta = {**self.meta, **describe_counts(source.perf, count_index(index))}
+            lost = self.lost.take((lost_time >= edges[number]) & (lost_time < edges[number + 1]))
+            yield PerfData(source, index, meta, lost)
 
     def to_pandas(self, event: str) -> Any:
         """Return one event as a pandas DataFrame, texts decoded, ``time`` as int64 ns."""
@@ -154,6 +221,35 @@ def _plain(columns: Columns, name: str) -> Any:
     return array
 
 
+@dataclass
+class Source:
+    """What all windows of a recording share.
+
+    Attributes
+    ----------
+    perf, tables
+        The opened file.
+    wanted : set of str or None
+        Events asked for; None: all.
+    chunks : int or None
+        Samples per chunk asked for.
+    threads : int
+    """
+
+    perf: PerfFile
+    tables: Tables
+    wanted: set[str] | None
+    chunks: int | None
+    threads: int
+    _summary: Summary | None = None
+
+    def summary(self) -> Summary:
+        """Return the span of each block, walking the samples the first time."""
+        if self._summary is None:
+            self._summary = summarize(self.perf, self.tables, threads=self.threads)
+        return self._summary
+
+
 def read_perfdata(
     path: str | os.PathLike[str],
     *,
@@ -168,15 +264,56 @@ def read_perfdata(
     ----------
     path : path
     events : iterable of str, optional
-        Names wanted; all by default. ``rank`` counts the samples of all events all the same.
+        Names wanted; all by default. Those not recorded are simply not there; ``rank`` counts all events of the file.
     chunks : int, optional
-        Samples per chunk of :meth:`PerfData.iter_chunks`.
+        Samples per chunk of :meth:`PerfData.iter_chunks`; nothing of the file's size is then held before something is asked
+        for, and ``meta`` counts duplicates in (``duplicates`` is None).
     local_formats : bool, optional
         For a recording that lost its formats: take those of the running kernel.
     threads : int, optional
+
+    Returns
+    -------
+    PerfData
+
+    Raises
+    ------
+    FormatError
+        Not a perf.data file, or damaged beyond salvage.
     """
+    if chunks is not None and chunks <= 0:
+        raise UsageError("a chunk needs a size", found=f"chunks={chunks}", expected="samples above 0")
+    announce_compilation()
     perf = open_perffile(path, local_formats=local_formats)
     tables = perfindex.Tables(perf)
-    index = perfindex.build_index(perf, perfindex.read_samples(perf, tables, threads=threads))
-    meta = describe(perf, index)
-    return PerfData(perf, index, meta, read_lost(perf), threads)
+    wanted = None if events is None else set(events)
+    source = Source(perf, tables, wanted, chunks, max(1, min(threads, 16)))
+    index = None
+    if chunks is None:
+        index = perfindex.build_index(perf, perfindex.read_samples(perf, tables, threads=source.threads))
+    counts = source.summary().counts if index is None else count_index(index)
+    return PerfData(source, index, describe(perf, counts), read_lost(perf))
+
+
+def announce_compilation() -> None:
+    """Say on a terminal why the first call ever takes seconds: Numba compiles the kernels and keeps them on disk."""
+    folder = Path(str(perfgather.gather_samples.stats.cache_path))
+    if sys.stderr.isatty() and not any(folder.glob("perfgather.gather_samples-*.nbi")):
+        print("rxlab: compiling the perf.data reader (once, a few seconds)", file=sys.stderr)
+
+
+def inspect_perfdata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what ``rxlab inspect FILE --json`` prints about a perf.data file.
+
+    Keys: ``kind, samples, samples_per_event`` (events with samples), ``first_ns, last_ns, lost, lost_by_kind, duplicates, unknown_ids, truncated, warnings``.
+
+    Raises
+    ------
+    TruncatedFileError
+        The file is damaged and no sample could be salvaged.
+    """
+    stats = read_perfdata(path, chunks=1_000_000).stats()
+    if stats["truncated"] and not stats["samples"]:
+        raise TruncatedFileError("nothing could be salvaged", where=str(path), found="; ".join(stats["warnings"]))
+    stats["samples_per_event"] = {name: count for name, count in stats["samples_per_event"].items() if count}
+    return {"kind": "perf.data", **stats}

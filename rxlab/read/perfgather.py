@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import int64, uint8, uint16, uint32, uint64
 
-from rxlab.read.perfattr import L_CALLCHAIN, L_RAW, L_READ, L_TAIL
+from rxlab.read.perfattr import L_CALLCHAIN, L_RAW, L_READ, L_TAIL, L_TYPE
 from rxlab.read.perfrecords import BLOCK, inline, inner, jit, read_u16, read_u32, read_u64
 
 # Rows of the field table.
@@ -335,6 +335,9 @@ def bucket_samples(buffer, big, samples, span, layouts, first_fields, firsts, bu
             cursor[number] = k + 1
             at[k], rows[k] = starts[i], places[i]
             raws[k], sizes[k] = raw_span(buffer, starts[i], layouts[number], big)
+            common_type = layouts[number, L_TYPE]
+            if common_type >= 0 and sizes[k] >= 2 and int64(read_u16(buffer, raws[k], big)) != common_type:
+                raws[k], sizes[k] = int64(-1), int64(0)
 
 
 @jit

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rxlab.errors import UsageError
+from rxlab.read import perfgroups as groups
 from rxlab.read import perfrecords as rec
 from rxlab.read.perfattr import LAYOUT_COLUMNS, SAMPLE_READ
 from rxlab.read.perffile import PerfFile, Segment
@@ -114,6 +115,8 @@ def read_samples(
         Block numbers wanted of each segment, ascending; all by default.
     threads : int, optional
     """
+    if tables.has_read:
+        return read_groups(perf, tables)
     chosen = blocks if blocks is not None else [np.arange(segment.block_starts.size) for segment in perf.segments]
     counts = [block_counts(segment)[numbers] for segment, numbers in zip(perf.segments, chosen, strict=True)]
     firsts = [0, *np.cumsum([int(part.sum()) for part in counts]).tolist()]
@@ -139,6 +142,24 @@ def read_samples(
     return Samples(*out, firsts)
 
 
+def read_groups(perf: PerfFile, tables: Tables) -> Samples:
+    """Index a recording whose samples have a READ part: a record can be several samples, or none."""
+    # A value takes 8 bytes and its id 8 more, so this many rows are enough; pages never written cost nothing.
+    room = sum((segment.end - segment.start) // 16 + 1 for segment in perf.segments)
+    out = (np.empty(room, np.int64), np.empty(room, np.int32), np.empty(room, np.int16), np.empty(room, np.int64))
+    previous = np.zeros(tables.keys.size, np.uint64)
+    firsts = [0]
+    for segment in perf.segments:
+        row = firsts[-1]
+        if segment.n_samples:
+            first, ids = int(segment.block_starts[0]), (tables.keys, tables.events)
+            where = (segment.buffer, segment.end, perf.order, first, segment.n_samples)
+            row = groups.expand_samples(*where, ids, tables.id_position, tables.layouts, previous, out, row)
+        firsts.append(int(row))
+    time, cpu, event, start = (column[: firsts[-1]].copy() for column in out)
+    return Samples(time, cpu, event, start, firsts)
+
+
 def run_all(function, jobs: Iterable, threads: int) -> list:
     """Run a function that releases the interpreter's lock over jobs, on some threads; raise the first error."""
     jobs = list(jobs)
@@ -148,16 +169,14 @@ def run_all(function, jobs: Iterable, threads: int) -> list:
         return list(pool.map(function, jobs))
 
 
-def order_samples(samples: Samples) -> np.ndarray:
+def order_samples(samples: Samples, n_known: int) -> np.ndarray:
     """Return the numbers of the known samples in the order (time, cpu, file position)."""
-    known = samples.event >= 0
-    n_known = int(known.sum())
     if n_known == 0:
         return np.empty(0, np.int32)
     lowest, highest = int(samples.cpu.min()), int(samples.cpu.max())
     if highest - lowest >= MAX_CPUS:
         order = np.lexsort((samples.cpu, samples.time))
-        return order[known[order]].astype(np.int32)
+        return order[samples.event[order] >= 0].astype(np.int32)
     firsts = np.zeros(highest - lowest + 2, np.int64)
     rows = np.empty(n_known, np.int32)
     rec.split_by_cpu(samples.cpu, samples.event, lowest, firsts, rows)
@@ -174,18 +193,22 @@ def order_samples(samples: Samples) -> np.ndarray:
 
 def build_index(perf: PerfFile, samples: Samples, *, first_rank: int = 0) -> Index:
     """Order samples, drop exact duplicates and give each its row."""
-    order = order_samples(samples)
+    n_events = len(perf.events.names)
+    counts = np.zeros(n_events + 2, np.int64)
+    rec.count_events(samples.event, counts)
+    unknown = int(counts[1])
+    order = order_samples(samples, samples.event.size - unknown)
     duplicates = 0
     for segment, low, high in zip(perf.segments, samples.firsts[:-1], samples.firsts[1:], strict=True):
         if high > low:
             duplicates += rec.mark_duplicates(
                 segment.buffer, perf.order, low, high, order, samples.time, samples.cpu, samples.event, samples.start
             )
-    n_events = len(perf.events.names)
-    counts = np.bincount(samples.event[samples.event >= 0], minlength=n_events)
-    rows = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    if duplicates:
+        counts[:] = 0
+        rec.count_events(samples.event, counts)
+    rows = np.concatenate([[0], np.cumsum(counts[2:])]).astype(np.int64)
     columns = (np.empty(rows[-1], np.int64), np.empty(rows[-1], np.int32), np.empty(rows[-1], np.int64))
     place = np.empty(samples.event.size, np.int32)
     rec.assign_rows(order, (samples.time, samples.cpu, samples.event), rows[:-1], first_rank, place, columns)
-    unknown = int((samples.event == -1).sum())
     return Index(samples.start, samples.event, place, samples.firsts, rows, *columns, duplicates, unknown)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,33 +22,72 @@ LOST_KIND = "S12"
 LOST, LOST_SAMPLES = b"LOST", b"LOST_SAMPLES"
 
 
-def describe(perf: PerfFile, index: Index) -> dict[str, Any]:
+@dataclass
+class Counts:
+    """What the index pass found out about all samples.
+
+    Attributes
+    ----------
+    per_event : int64 array, dims (event,)
+    first_ns, last_ns : int or None
+        None when no sample has a stamp.
+    duplicates : int or None
+        Samples left out because an equal one came just before; None: not looked for yet (``chunks=``).
+    unknown : int
+        Samples left out because no event has their id, or because they are too short.
+    """
+
+    per_event: np.ndarray
+    first_ns: int | None
+    last_ns: int | None
+    duplicates: int | None
+    unknown: int
+
+
+def describe(perf: PerfFile, counts: Counts) -> dict[str, Any]:
     """Return ``PerfData.meta``.
 
-    Keys: ``path, mode, endian, samples, samples_per_event, first_ns, last_ns`` (None without samples or stamps), ``clockid``
-    (None: perf's own clock), ``clock``, ``duplicates, unknown_ids`` (samples left out), ``unknown_records`` {type: count},
-    ``truncated, warnings``, and where recorded ``hostname, osrelease, perf_version, arch, nrcpus, cmdline, clock_data``.
+    Keys: ``path, mode`` (file, pipe, directory), ``endian, samples, samples_per_event, first_ns, last_ns`` (None without
+    samples or stamps), ``clockid`` (None: perf's own clock), ``clock``, ``duplicates, unknown_ids`` (samples left out),
+    ``unknown_records`` {type: count}, ``truncated, warnings, missing_values`` (set to zero so far, because they lay beyond their
+    sample's bytes or, in a group, the bytes are another tracepoint's), and where recorded ``hostname, osrelease, perf_version, arch,
+    nrcpus, cmdline, clock_data``.
     """
-    counts = np.diff(index.rows)
-    stamps = index.time[index.time >= 0]
     clockid = perf.attrs[0].clockid
+    warnings = list(perf.warnings)
+    if counts.unknown:
+        warnings.append(f"{counts.unknown} samples left out: no event has their id, or they are too short")
     return {
         "path": str(perf.path),
         "mode": perf.mode,
         "endian": "big" if perf.big else "little",
-        "samples": int(counts.sum()),
-        "samples_per_event": {name: int(count) for name, count in zip(perf.events.names, counts, strict=True)},
-        "first_ns": int(stamps.min()) if stamps.size else None,
-        "last_ns": int(stamps.max()) if stamps.size else None,
+        **describe_counts(perf, counts),
         "clockid": clockid,
         "clock": PERF_CLOCK if clockid is None else CLOCK_NAMES.get(clockid, f"clockid {clockid}"),
-        "duplicates": index.duplicates,
-        "unknown_ids": index.unknown,
         "unknown_records": count_unknown_records(perf),
         "truncated": perf.truncated,
-        "warnings": list(perf.warnings),
+        "warnings": warnings,
         **describe_features(perf.features, big=perf.big),
     }
+
+
+def describe_counts(perf: PerfFile, counts: Counts) -> dict[str, Any]:
+    """Return the part of ``meta`` that differs between windows of a recording."""
+    return {
+        "samples": int(counts.per_event.sum()),
+        "samples_per_event": dict(zip(perf.events.names, counts.per_event.tolist(), strict=True)),
+        "first_ns": counts.first_ns,
+        "last_ns": counts.last_ns,
+        "duplicates": counts.duplicates,
+        "unknown_ids": counts.unknown,
+    }
+
+
+def count_index(index: Index) -> Counts:
+    """Return the counts of a whole index."""
+    has_stamps = index.time.size > 0 and int(index.time.max()) != -1
+    first, last = (int(index.time.min()), int(index.time.max())) if has_stamps else (None, None)
+    return Counts(np.diff(index.rows), first, last, index.duplicates, index.unknown)
 
 
 def record_types(perf: PerfFile, segment_number: int) -> np.ndarray:

@@ -7,6 +7,8 @@ the end of the buffer before use.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit, uint64
 
@@ -29,9 +31,10 @@ HASH_FACTOR = uint64(0x9E3779B97F4A7C15)
 
 jit = njit(cache=True, nogil=True)
 # Called by other kernels alone: without the wrappers for Python it compiles faster.
-inner = njit(cache=True, nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+_INNER: dict[str, Any] = {"cache": True, "nogil": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+inner = njit(**_INNER)
 # Called per sample: LLVM leaves a call with array arguments alone otherwise, at 20 ns each.
-inline = njit(cache=True, nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True)
+inline = njit(**_INNER, forceinline=True)
 
 
 # Spelled out, not looped: Numba compiles these an order of magnitude faster, and LLVM still makes one load of each.
@@ -194,6 +197,13 @@ def index_blocks(buffer, end, big, starts, counts, ids, id_position, layouts, ou
             row += 1
             left -= 1
             at += size
+
+
+@jit
+def count_events(event, counts):
+    """Add the number of samples of each event to ``counts[2 + event]``; its first two are duplicates and unknown."""
+    for i in range(event.size):
+        counts[event[i] + 2] += 1
 
 
 @jit
