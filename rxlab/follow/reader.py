@@ -87,7 +87,7 @@ def consume(
     copies = event_columns(events, "skb:skb_copy_datagram_iovec")
     calls = AsOf(receives["rank"], receives["tid"])
     call = calls.first_after(copies["rank"], copies["tid"])
-    copies = copies.with_columns(call=call)
+    copies = copies.with_columns(call=call, doubtful=_doubtful_calls(events, copies, receives, call))
     is_peek = (
         (pick(receives["flags"].astype(np.int64), call, 0) & MSG_PEEK) > 0 if receives.n else np.zeros(copies.n, bool)
     )
@@ -106,6 +106,31 @@ def consume(
         _consume_streams(result, path, skb, flow, position, payload_len, is_tcp)
         _consume_datagrams(result, events, path, skb, flow, payload_len, is_udp)
     return result
+
+
+def _doubtful_calls(events: Mapping[str, Columns], copies: Columns, receives: Columns, call: np.ndarray) -> np.ndarray:
+    """Tell which copies cannot be told to belong to the receive call that follows them.
+
+    A call returns what it copied. Where the sums differ an event is missing: either a copy, or the end of the call the copy
+    really belonged to, which would hand its packets to a later one. A task that slept between the two was not in that call.
+    """
+    if not copies.n or not receives.n:
+        return call < 0
+    sums = np.bincount(call[call >= 0], weights=copies["len"][call >= 0], minlength=receives.n).astype(np.int64)
+    differs = sums != np.maximum(receives["ret"], 0)
+    switch = event_columns(events, "sched:sched_switch")
+    asleep = switch.take(_sleeps(switch))
+    slept = AsOf(asleep["rank"], _pids(asleep, "prev_pid"))
+    returned = pick(receives["rank"], call, -1)
+    sleep_rank = slept.rank_of(slept.last_before(returned, copies["tid"].astype(np.int64)), -1)
+    return (call < 0) | pick(differs, call, 0) | (sleep_rank > copies["rank"])
+
+
+def _sleeps(switch: Columns) -> np.ndarray:
+    """Tell which task switches are sleeps: any state but running (0, with TASK_REPORT_MAX, 0x100, for a preemption)."""
+    if "prev_state" not in switch:
+        return np.ones(switch.n, bool)
+    return (switch["prev_state"].astype(np.int64) & 0xFF) != 0
 
 
 def _copy_positions(
@@ -215,7 +240,8 @@ def _consume_stream(
     result.first_copy[packets] = np.where(found, rows[order][at], -1)
     result.last_copy[packets] = np.where(found, rows[order][to], -1)
     result.receive[packets] = np.where(found, result.copies["call"][rows[order][to]], -1)
-    result.anchors_disagree[packets] = found & (disagree[order][at] | disagree[order][to])
+    doubtful = result.copies["doubtful"][rows][order]
+    result.anchors_disagree[packets] = found & (disagree[order][at] | disagree[order][to] | doubtful[to])
 
 
 def _consume_datagrams(
