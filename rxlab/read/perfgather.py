@@ -78,7 +78,7 @@ def copy_text8(buffer, source, words, target, arena64):
     for word in range(words):
         value = uint64(0)
         if not ended:
-            value = read_u64(buffer, source + 8 * word, False)
+            value = read_u64(buffer, source + 8 * word, None)
             zeros = (value - uint64(0x0101010101010101)) & ~value & uint64(0x8080808080808080)
             if zeros != uint64(0):
                 lowest = zeros & (~zeros + uint64(1))
