@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 from numba import njit
 
-from rxlab.read.headers import HeaderColumns
+from rxlab.errors import UsageError
+from rxlab.read.headers import TCP, HeaderColumns
 
 _KEY_WORDS = 5  # src_hi, src_lo, dst_hi, dst_lo, proto<<32 | sport<<16 | dport
 
@@ -85,3 +88,76 @@ class FlowTable:
                 self._keys = np.concatenate((self._keys, np.zeros_like(self._keys)))
                 self._slots = np.full(len(self._slots) * 2, -1, np.int32)
                 _rehash(self._keys, self.n, self._slots)
+
+
+# The key of Microsoft's RSS verification suite, the default of many drivers; `ethtool -x DEVICE` prints a NIC's own.
+MICROSOFT_KEY = bytes.fromhex("6d5a56da255b0ec24167253d43a38fb0d0ca2bcbae7b30b477cb2da38030f20c6a42b73bbeac01fa")
+_TUPLE_BYTES = 36  # two IPv6 addresses and two ports
+
+
+def _key_tables(key: bytes) -> np.ndarray:
+    """Return the hash of each value of each input byte, (byte position, value): the hash is their exclusive or."""
+    bits = int.from_bytes(key, "big")
+    windows = [bits >> (8 * len(key) - 32 - i) & 0xFFFFFFFF for i in range(8 * _TUPLE_BYTES)]
+    tables = np.zeros((_TUPLE_BYTES, 256), np.uint32)
+    values = np.arange(256)
+    for position in range(_TUPLE_BYTES):
+        for bit in range(8):
+            is_set = (values >> (7 - bit) & 1).astype(bool)
+            tables[position, is_set] ^= np.uint32(windows[8 * position + bit])
+    return tables
+
+
+@njit(cache=True, nogil=True, forceinline=True)
+def _hash_word(tables, position, word, size):
+    """Return the hash of the lowest `size` bytes of `word`, whose first byte is input byte `position`."""
+    hashed = np.uint32(0)
+    for k in range(size):
+        hashed ^= tables[position + k, (word >> np.uint64(8 * (size - 1 - k))) & np.uint64(0xFF)]
+    return hashed
+
+
+@njit(cache=True, nogil=True)
+def _toeplitz(tables, version, src_hi, src_lo, dst_hi, dst_lo, sport, dport, with_ports, out):
+    for row in range(len(out)):
+        if version[row] == 4:
+            ports = 8
+            out[row] = _hash_word(tables, 0, src_lo[row], 4) ^ _hash_word(tables, 4, dst_lo[row], 4)
+        elif version[row] == 6:
+            ports = 32
+            out[row] = _hash_word(tables, 0, src_hi[row], 8) ^ _hash_word(tables, 8, src_lo[row], 8)
+            out[row] ^= _hash_word(tables, 16, dst_hi[row], 8) ^ _hash_word(tables, 24, dst_lo[row], 8)
+        else:
+            continue
+        if with_ports[row]:
+            out[row] ^= _hash_word(tables, ports, np.uint64(sport[row]), 2)
+            out[row] ^= _hash_word(tables, ports + 2, np.uint64(dport[row]), 2)
+
+
+def toeplitz_hash(
+    packets: Mapping[str, np.ndarray], key: bytes | str = MICROSOFT_KEY, *, port_protocols: Sequence[int] = (TCP,)
+) -> np.ndarray:
+    """Return the RSS hash a NIC computes of each packet's outer headers.
+
+    Parameters
+    ----------
+    packets : mapping of columns, as `rxlab.read_pcap` returns
+    key : bytes, or text as `ethtool -x` prints it ("6d:5a:...")
+        At least 40 bytes.
+    port_protocols : sequence of int
+        IP protocols whose ports are hashed too; many NICs hash UDP by addresses only (``ethtool -n DEVICE rx-flow-hash
+        udp4``). Fragments are hashed by addresses always.
+
+    Returns
+    -------
+    uint32 array, dims (packet,); 0 for packets that are not IP.
+    """
+    raw = bytes.fromhex(key.replace(":", "")) if isinstance(key, str) else bytes(key)
+    if len(raw) < _TUPLE_BYTES + 4:
+        raise UsageError("RSS key is too short", found=f"{len(raw)} bytes", expected="40 bytes or more")
+    with_ports = np.isin(packets["proto"], list(port_protocols)) & (packets["fragment"] == 0)
+    out = np.zeros(len(with_ports), np.uint32)
+    names = ("ip_version", "src_hi", "src_lo", "dst_hi", "dst_lo", "sport", "dport")
+    arguments = [_key_tables(raw), *(np.ascontiguousarray(packets[name]) for name in names), with_ports, out]
+    _toeplitz(*arguments)
+    return out

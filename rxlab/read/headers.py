@@ -10,7 +10,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import config, njit, types
+from numba.extending import intrinsic
 
 # Link types, https://www.tcpdump.org/linktypes.html
 LINKTYPE_NULL, LINKTYPE_ETHERNET, LINKTYPE_LOOP, LINKTYPE_SLL, LINKTYPE_SLL2 = 0, 1, 108, 113, 276
@@ -56,6 +58,8 @@ class HeaderColumns(NamedTuple):
     payload_offset: np.ndarray
     tunnel: np.ndarray
     vni: np.ndarray
+    inner_offset: np.ndarray
+    inner_ethertype: np.ndarray
     inner_ip_version: np.ndarray
     inner_src_hi: np.ndarray
     inner_src_lo: np.ndarray
@@ -97,6 +101,8 @@ HEADER_FIELDS = {
     "payload_offset": np.int32,
     "tunnel": np.uint8,
     "vni": np.uint32,
+    "inner_offset": np.int32,
+    "inner_ethertype": np.uint16,
     "inner_ip_version": np.uint8,
     "inner_src_hi": np.uint64,
     "inner_src_lo": np.uint64,
@@ -119,22 +125,37 @@ def empty_headers(n: int) -> HeaderColumns:
     return HeaderColumns(**{name: np.zeros(n, dtype) for name, dtype in HEADER_FIELDS.items()})
 
 
-@njit(cache=True, nogil=True, forceinline=True)
-def be16(buf, i):
-    """Return the big-endian 16-bit word at byte `i`."""
-    return (np.uint64(buf[i]) << np.uint64(8)) | np.uint64(buf[i + 1])
+def _big_endian_load(size):
+    """Return a compiled function (buf, i) -> uint64 that reads `size` big-endian bytes at byte `i`, at any alignment.
+
+    One machine load. Numba's own way, byte by byte, decodes a third slower, and is kept for runs with bounds checking.
+    """
+    if getattr(config, "BOUNDSCHECK", 0):
+
+        @njit(nogil=True)
+        def load_checked(buf, i):
+            word = np.uint64(0)
+            for k in range(size):
+                word = (word << np.uint64(8)) | np.uint64(buf[i + k])
+            return word
+
+        return load_checked
+
+    @intrinsic
+    def load(typingctx, buf, i):
+        def codegen(context, builder, signature, args):
+            array = context.make_array(signature.args[0])(context, builder, args[0])
+            place = builder.gep(array.data, [args[1]])
+            word = ir.IntType(8 * size)
+            value = builder.bswap(builder.load(builder.bitcast(place, word.as_pointer()), align=1))
+            return value if size == 8 else builder.zext(value, ir.IntType(64))
+
+        return types.uint64(buf, types.int64), codegen
+
+    return load
 
 
-@njit(cache=True, nogil=True, forceinline=True)
-def be32(buf, i):
-    """Return the big-endian 32-bit word at byte `i`."""
-    return (be16(buf, i) << np.uint64(16)) | be16(buf, i + 2)
-
-
-@njit(cache=True, nogil=True, forceinline=True)
-def be64(buf, i):
-    """Return the big-endian 64-bit word at byte `i`."""
-    return (be32(buf, i) << np.uint64(32)) | be32(buf, i + 4)
+be16, be32, be64 = _big_endian_load(2), _big_endian_load(4), _big_endian_load(8)
 
 
 @njit(cache=True, nogil=True, forceinline=True)
@@ -367,65 +388,28 @@ def _ip_tunnel(buf, l4, end, proto):
     return np.int64(0), np.int64(0), l4, np.uint64(0)
 
 
-@njit(cache=True, nogil=True)
-def _decode_inner(buf, pos, end, wire_end, ethertype, out, row):
-    """Write the inner_* columns of a tunnelled packet whose inner frame or IP packet starts at `pos`."""
-    out.inner_payload_len[row] = -1
-    if ethertype == ETH_BRIDGED:
-        ethertype, pos, _, _, _, _, _ = _link_layer(buf, pos, end, LINKTYPE_ETHERNET)
-    version, proto, l4, l4_len, fragment, _ = _network_layer(buf, pos, end, wire_end, ethertype)
-    if version == 0:
-        return
-    out.inner_ip_version[row], out.inner_proto[row] = version, proto
-    if version == 4:
-        out.inner_src_lo[row], out.inner_dst_lo[row] = be32(buf, pos + 12), be32(buf, pos + 16)
-    else:
-        out.inner_src_hi[row], out.inner_src_lo[row] = be64(buf, pos + 8), be64(buf, pos + 16)
-        out.inner_dst_hi[row], out.inner_dst_lo[row] = be64(buf, pos + 24), be64(buf, pos + 32)
-    if fragment == 2 or not _has_ports(proto) or l4 + 4 > end:
-        return
-    out.inner_sport[row], out.inner_dport[row] = be16(buf, l4), be16(buf, l4 + 2)
-    if proto == TCP and l4 + 8 <= end:
-        out.inner_seq[row] = be32(buf, l4 + 4)
-    out.inner_payload_len[row] = _payload(buf, l4, end, proto, l4_len, fragment)[1]
-
-
 @njit(cache=True, nogil=True, forceinline=True)
-def _decode_tcp(buf, pos, end, out, row):
-    """Write the TCP columns of a header at `pos` of which at least 4 bytes were captured."""
+def _tcp_fields(buf, pos, end):
+    """Return (seq, ack, flags, window, TSval, TSecr) of the TCP header at `pos`, zeros if it is cut."""
+    zero = np.uint64(0)
     if pos + 20 > end:
-        return
-    out.seq[row], out.ack[row] = be32(buf, pos + 4), be32(buf, pos + 8)
-    out.tcp_flags[row] = be16(buf, pos + 12) & np.uint64(0xFFF)
-    out.window[row] = be16(buf, pos + 14)
+        return zero, zero, zero, zero, zero, zero
+    tsval = tsecr = zero
     stop = min(pos + np.int64(buf[pos + 12] >> 4) * 4, end)
     if stop > pos + 20:
         tsval, tsecr = _tcp_timestamps(buf, pos + 20, stop)
-        out.tsval[row], out.tsecr[row] = tsval, tsecr
+    flags = be16(buf, pos + 12) & np.uint64(0xFFF)
+    return be32(buf, pos + 4), be32(buf, pos + 8), flags, be16(buf, pos + 14), tsval, tsecr
 
 
 @njit(cache=True, nogil=True, forceinline=True)
-def _decode_transport(buf, base, l4, end, wire_end, proto, l4_len, fragment, out, row):
-    """Write ports, TCP fields and payload of the L4 header at `l4`, and what a tunnel carries."""
-    payload = np.int64(-1)
-    if _has_ports(proto) and l4 + 4 <= end:
-        dport = be16(buf, l4 + 2)
-        out.sport[row], out.dport[row] = be16(buf, l4), dport
-        payload, payload_len = _payload(buf, l4, end, proto, l4_len, fragment)
+def _tunnel(buf, l4, payload, end, proto, dport):
+    """Return (tunnel, ethertype, inner position, VNI or key) of a packet that is no fragment."""
+    if proto == UDP:
         if payload >= 0:
-            out.payload_len[row], out.payload_offset[row] = payload_len, payload - base
-        if proto == TCP:
-            _decode_tcp(buf, l4, end, out, row)
-            return
-    if fragment:
-        return
-    if proto == UDP and payload >= 0:
-        tunnel, ethertype, inner, vni = _udp_tunnel(buf, payload, end, np.int64(dport))
-    else:
-        tunnel, ethertype, inner, vni = _ip_tunnel(buf, l4, end, proto)
-    if tunnel:
-        out.tunnel[row], out.vni[row] = tunnel, vni
-        _decode_inner(buf, inner, end, wire_end, ethertype, out, row)
+            return _udp_tunnel(buf, payload, end, dport)
+        return np.int64(0), np.int64(0), l4, np.uint64(0)
+    return _ip_tunnel(buf, l4, end, proto)
 
 
 @njit(cache=True, nogil=True)
@@ -439,28 +423,87 @@ def decode_headers(buf, positions, caplens, wire_lens, linktypes, first, last, o
     caplens, wire_lens : uint32 arrays, dims (packet,), bytes; positions + caplens must lie inside `buf`
     linktypes : uint16 array, dims (packet,)
     out : HeaderColumns of at least `last` rows, zeroed
+
+    Returns
+    -------
+    int
+        How many of the packets are tunnelled, for `decode_inner`.
     """
+    # Unpacked once: read as out.name in the loop, each access would count references (20 times slower).
+    (src_macs, dst_macs, vlans, vlan2s, ethertypes, directions) = out[0:6]
+    (versions, src_his, src_los, dst_his, dst_los, protos, ttls, ids, fragments, sports, dports) = out[6:17]
+    (seqs, acks, flags, windows, tsvals, tsecrs, payload_lens, payload_offsets, tunnels, vnis) = out[17:27]
+    (inner_offsets, inner_ethertypes) = out[27:29]
+    n_tunnelled = 0
     for row in range(first, last):
         base = positions[row]
         end = base + np.int64(caplens[row])
         wire_end = base + np.int64(wire_lens[row])
         ethertype, pos, dst, src, vlan, vlan2, direction = _link_layer(buf, base, end, np.int64(linktypes[row]))
-        out.dst_mac[row], out.src_mac[row] = dst, src
-        out.vlan[row], out.vlan2[row], out.ethertype[row] = vlan, vlan2, ethertype
+        dst_macs[row], src_macs[row], ethertypes[row] = dst, src, ethertype
+        vlans[row], vlan2s[row] = vlan, vlan2
         if direction >= 0:
-            out.direction[row] = direction
-        out.payload_len[row] = out.payload_offset[row] = -1
+            directions[row] = direction
+        payload_lens[row] = payload_offsets[row] = -1
         version, proto, l4, l4_len, fragment, ident = _network_layer(buf, pos, end, wire_end, ethertype)
         if version == 0:
             continue
-        out.ip_version[row], out.proto[row] = version, proto
-        out.fragment[row], out.ip_id[row] = fragment, ident
+        versions[row], protos[row] = version, proto
+        fragments[row], ids[row] = fragment, ident
         if version == 4:
-            out.ttl[row] = buf[pos + 8]
-            out.src_lo[row], out.dst_lo[row] = be32(buf, pos + 12), be32(buf, pos + 16)
+            ttls[row] = buf[pos + 8]
+            src_los[row], dst_los[row] = be32(buf, pos + 12), be32(buf, pos + 16)
         else:
-            out.ttl[row] = buf[pos + 7]
-            out.src_hi[row], out.src_lo[row] = be64(buf, pos + 8), be64(buf, pos + 16)
-            out.dst_hi[row], out.dst_lo[row] = be64(buf, pos + 24), be64(buf, pos + 32)
-        if fragment != 2 and l4_len >= 0:
-            _decode_transport(buf, base, l4, end, wire_end, proto, l4_len, fragment, out, row)
+            ttls[row] = buf[pos + 7]
+            src_his[row], src_los[row] = be64(buf, pos + 8), be64(buf, pos + 16)
+            dst_his[row], dst_los[row] = be64(buf, pos + 24), be64(buf, pos + 32)
+        if fragment == 2 or l4_len < 0:
+            continue
+        payload, dport = np.int64(-1), np.int64(0)
+        if _has_ports(proto) and l4 + 4 <= end:
+            dport = np.int64(be16(buf, l4 + 2))
+            sports[row], dports[row] = be16(buf, l4), dport
+            payload, payload_len = _payload(buf, l4, end, proto, l4_len, fragment)
+            if payload >= 0:
+                payload_lens[row], payload_offsets[row] = payload_len, payload - base
+            if proto == TCP:
+                (seqs[row], acks[row], flags[row], windows[row], tsvals[row], tsecrs[row]) = _tcp_fields(buf, l4, end)
+                continue
+        if fragment == 0:
+            tunnel, inner_ethertype, inner, vni = _tunnel(buf, l4, payload, end, proto, dport)
+            if tunnel:
+                n_tunnelled += 1
+                tunnels[row], vnis[row] = tunnel, vni
+                inner_offsets[row], inner_ethertypes[row] = inner - base, inner_ethertype
+    return n_tunnelled
+
+
+@njit(cache=True, nogil=True)
+def decode_inner(buf, positions, caplens, wire_lens, first, last, out):
+    """Decode what the tunnelled packets among `first` to `last` carry; parameters as `decode_headers`."""
+    (tunnels, vnis, offsets, ethertypes) = out[25:29]
+    (versions, src_his, src_los, dst_his, dst_los, protos, sports, dports, seqs, payload_lens) = out[29:39]
+    for row in range(first, last):
+        if tunnels[row] == 0:
+            continue
+        payload_lens[row] = -1
+        pos, ethertype = positions[row] + offsets[row], np.int64(ethertypes[row])
+        end = positions[row] + np.int64(caplens[row])
+        wire_end = positions[row] + np.int64(wire_lens[row])
+        if ethertype == ETH_BRIDGED:
+            ethertype, pos, _, _, _, _, _ = _link_layer(buf, pos, end, np.int64(LINKTYPE_ETHERNET))
+        version, proto, l4, l4_len, fragment, _ = _network_layer(buf, pos, end, wire_end, ethertype)
+        if version == 0:
+            continue
+        versions[row], protos[row] = version, proto
+        if version == 4:
+            src_los[row], dst_los[row] = be32(buf, pos + 12), be32(buf, pos + 16)
+        else:
+            src_his[row], src_los[row] = be64(buf, pos + 8), be64(buf, pos + 16)
+            dst_his[row], dst_los[row] = be64(buf, pos + 24), be64(buf, pos + 32)
+        if fragment == 2 or not _has_ports(proto) or l4 + 4 > end:
+            continue
+        sports[row], dports[row] = be16(buf, l4), be16(buf, l4 + 2)
+        if proto == TCP and l4 + 8 <= end:
+            seqs[row] = be32(buf, l4 + 4)
+        payload_lens[row] = _payload(buf, l4, end, proto, l4_len, fragment)[1]

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
-from rxlab.errors import FormatError, UsageError
+from rxlab.errors import FormatError, TruncatedFileError, UsageError
 from rxlab.read.columns import Columns
 from rxlab.read.flows import FlowTable
-from rxlab.read.headers import HEADER_FIELDS, HeaderColumns, decode_headers, empty_headers
-from rxlab.read.pcapfile import ClassicReader, PacketIndex, classic_format, empty_index, open_capture
-from rxlab.read.pcapng import PcapngReader
+from rxlab.read.headers import decode_headers, decode_inner, empty_headers
+from rxlab.read.pcapfile import NAT, ClassicReader, classic_format, empty_index, open_capture
+from rxlab.read.pcapng import MAX_INTERFACES, PcapngReader
 
 # Packets per step: small enough that the decoder finds in cache what the walk has just touched.
 _BATCH = 16_384
+_THREADS = 2
+_INSPECT_ROWS = 1 << 18
 
 
 @overload
@@ -52,6 +58,7 @@ def read_pcap(path: str | os.PathLike[str], *, chunks: int | None = None) -> Col
     """
     if chunks is not None and chunks < 1:
         raise UsageError("chunks must be at least 1", found=str(chunks))
+    _announce_compilation()
     reader, compression = open_reader(path)
     pieces = _pieces(reader, os.fspath(path), compression, chunks)
     return pieces if chunks is not None else next(pieces)
@@ -76,54 +83,115 @@ def open_reader(path: str | os.PathLike[str]) -> tuple[ClassicReader | PcapngRea
     return reader, compression
 
 
+def _announce_compilation() -> None:
+    """Say on a terminal why the first call ever takes seconds: Numba compiles the kernels and keeps them on disk."""
+    folder = Path(str(decode_headers.stats.cache_path))
+    if sys.stderr.isatty() and not any(folder.glob("headers.decode_headers-*.nbi")):
+        print("rxlab: compiling the pcap reader (once, a few seconds)", file=sys.stderr)
+
+
+def inspect_pcap(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what a capture file holds, without decoding packets and in bounded memory.
+
+    Returns
+    -------
+    dict
+        kind ("pcap" | "pcapng"), format (adds "pcap-modified"), packets, first_ns and last_ns (the first and last packet in file
+        order that has a time), min_ns, max_ns, sum_caplen, sum_len, interfaces (list of dict, with their packet counts),
+        compression, sections, truncated, truncated_at, warnings. Plain values, ready for JSON.
+    """
+    reader, compression = open_reader(path)
+    index, more = empty_index(_INSPECT_ROWS), True
+    packets = sum_caplen = sum_len = 0
+    counts = np.zeros(MAX_INTERFACES, np.int64)
+    ends: list[int] = []
+    low, high = np.iinfo(np.int64).max, np.iinfo(np.int64).min
+    while more:
+        n, more = reader.fill(index, 0, _INSPECT_ROWS)
+        times = index.time[:n]
+        timed = times[times != NAT]
+        if len(timed):
+            ends = [ends[0] if ends else int(timed[0]), int(timed[-1])]
+            low, high = min(low, int(timed.min())), max(high, int(timed.max()))
+        packets += n
+        sum_caplen += int(index.caplen[:n].sum(dtype=np.int64))
+        sum_len += int(index.wire_len[:n].sum(dtype=np.int64))
+        counts += np.bincount(index.interface[:n], minlength=MAX_INTERFACES)
+    _refuse_empty_ruin(reader, os.fspath(path), packets)
+    found = reader.attrs()
+    first, last = ends or (None, None)
+    return {
+        "kind": reader.kind,
+        "packets": packets,
+        "first_ns": first,
+        "last_ns": last,
+        "min_ns": low if ends else None,
+        "max_ns": high if ends else None,
+        "sum_caplen": sum_caplen,
+        "sum_len": sum_len,
+        "interfaces": [{**link, "packets": int(n)} for link, n in zip(found["interfaces"], counts, strict=False)],
+        "format": reader.format_name,
+        "compression": compression,
+        **{name: found[name] for name in ("sections", "truncated", "truncated_at", "warnings")},
+    }
+
+
+def _refuse_empty_ruin(reader: ClassicReader | PcapngReader, where: str, packets: int) -> None:
+    if reader.truncated and packets == 0:
+        raise TruncatedFileError("nothing can be salvaged from the capture", where=where, found=reader.warnings[-1])
+
+
+class _Piece:
+    """The columns of one piece of a capture while they are being filled."""
+
+    def __init__(self, capacity: int) -> None:
+        self.index = empty_index(capacity)
+        self.headers = empty_headers(capacity)._replace(direction=self.index.direction)
+        self.flow, self.flow_dir = np.zeros(capacity, np.int32), np.zeros(capacity, np.int8)
+        self.n = 0
+
+    def decode(self, buf: np.ndarray, first: int, last: int) -> tuple[int, int]:
+        """Decode the headers of rows `first` to `last`, already indexed; runs without the interpreter's lock."""
+        where = (buf, self.index.position, self.index.caplen, self.index.wire_len)
+        if decode_headers(*where, self.index.linktype, first, last, self.headers):
+            decode_inner(*where, first, last, self.headers)
+        return first, last
+
+    def columns(self, attrs: dict[str, Any]) -> Columns:
+        """Return the filled rows."""
+        index = self.index
+        offset = np.full(self.n, -1, np.int64) if attrs["compression"] else index.position
+        arrays = {"time": index.time, "frame": index.frame, "offset": offset, "caplen": index.caplen}
+        arrays |= {"wire_len": index.wire_len, "interface": index.interface, "linktype": index.linktype}
+        arrays |= self.headers._asdict() | {"flow": self.flow, "flow_dir": self.flow_dir}
+        return Columns({name: array[: self.n] for name, array in arrays.items()}, attrs)
+
+
 def _pieces(
     reader: ClassicReader | PcapngReader, where: str, compression: str, chunks: int | None
 ) -> Iterator[Columns]:
     flows, more = FlowTable(), True
     while more:
-        # One row more than there are packets: the walk then ends by the file's end and not by a full batch.
-        capacity = reader.count() + 1 if chunks is None else chunks
-        index, headers = empty_index(capacity), empty_headers(capacity)
-        headers = headers._replace(direction=index.direction)
-        flow, flow_dir = np.zeros(capacity, np.int32), np.zeros(capacity, np.int8)
-        row = 0
-        while more and row < capacity:
-            first, stop = row, min(row + _BATCH, capacity)
-            row, more = reader.fill(index, row, stop)
-            decode_headers(
-                reader.buf, index.position, index.caplen, index.wire_len, index.linktype, first, row, headers
-            )
-            flows.assign(headers, first, row, flow, flow_dir)
-        more = more and chunks is not None
-        yield _columns(reader, where, compression, index, headers, flow, flow_dir, row, flows.n)
+        # One row more than there are packets: the walk then ends by the file's end and not by a full piece.
+        piece = _Piece(reader.count() + 1 if chunks is None else chunks)
+        more = _fill(piece, reader, flows) and chunks is not None
+        if flows.n == 0:
+            _refuse_empty_ruin(reader, where, piece.n)
+        attrs = {"file": where, "compression": compression, **reader.attrs(), "flows": flows.n}
+        yield piece.columns(attrs)
 
 
-def _columns(
-    reader, where, compression, index: PacketIndex, headers: HeaderColumns, flow, flow_dir, n, n_flows
-) -> Columns:
-    arrays = {
-        "time": index.time,
-        "frame": index.frame,
-        "offset": index.position if not compression else np.full(n, -1, np.int64),
-        "caplen": index.caplen,
-        "wire_len": index.wire_len,
-        "interface": index.interface,
-        "linktype": index.linktype,
-        **{name: getattr(headers, name) for name in HEADER_FIELDS},
-        "flow": flow,
-        "flow_dir": flow_dir,
-    }
-    attrs: dict[str, Any] = {
-        "clock": reader.clock,
-        "file": where,
-        "kind": reader.kind,
-        "compression": compression,
-        "interfaces": reader.interfaces,
-        "comments": reader.comments,
-        "sections": reader.sections,
-        "truncated": reader.truncated,
-        "truncated_at": reader.truncated_at,
-        "warnings": list(reader.warnings),
-        "flows": n_flows,
-    }
-    return Columns({name: array[:n] for name, array in arrays.items()}, attrs)
+def _fill(piece: _Piece, reader: ClassicReader | PcapngReader, flows: FlowTable) -> bool:
+    """Fill a piece: the walk runs ahead, threads decode behind it, flows follow in order. Return whether more may come."""
+    capacity, more = len(piece.flow), True
+    with ThreadPoolExecutor(_THREADS) as pool:
+        decoding: deque[Future[tuple[int, int]]] = deque()
+        while decoding or (more and piece.n < capacity):
+            if more and piece.n < capacity and len(decoding) <= _THREADS:
+                first = piece.n
+                piece.n, more = reader.fill(piece.index, first, min(first + _BATCH, capacity))
+                decoding.append(pool.submit(piece.decode, reader.buf, first, piece.n))
+            else:
+                first, last = decoding.popleft().result()
+                flows.assign(piece.headers, first, last, piece.flow, piece.flow_dir)
+    return more

@@ -223,7 +223,7 @@ class ClassicReader:
     def __init__(self, buf: np.ndarray, where: str) -> None:
         found = classic_format(bytes(buf[:4]))
         assert found is not None  # the caller chose this reader by the magic
-        self.format = found
+        self.format, self.format_name = found, found.flavour
         if len(buf) < FILE_HEADER_SIZE:
             raise TruncatedFileError("pcap header is cut", where=where, found=f"{len(buf)} bytes", expected="24")
         header = buf[:FILE_HEADER_SIZE].view(">u4" if found.endian == "big" else "<u4")
@@ -242,6 +242,11 @@ class ClassicReader:
     def count(self) -> int:
         """Return how many packets the file holds, at most."""
         return count_classic(self.buf, self._pos, self._swap, self.format.record_size, self._max_caplen)
+
+    def attrs(self) -> dict[str, Any]:
+        """Return what is known of the file so far."""
+        names = ("kind", "clock", "interfaces", "comments", "sections", "truncated", "truncated_at")
+        return {**{name: getattr(self, name) for name in names}, "warnings": list(self.warnings)}
 
     def fill(self, index: PacketIndex, row: int, stop: int) -> tuple[int, bool]:
         """Write the next packets to rows `row` to `stop` of `index`; return the next row and whether more may come."""

@@ -108,14 +108,14 @@ def count_blocks(buf, pos, swap):
     n, end = 0, len(buf)
     while pos + 12 <= end:
         kind = load32(buf, pos, swap)
-        if kind == SHB:
+        if kind == SHB:  # reads the same in both byte orders; its own follows the length
             swap = buf[pos + 8] == 0x1A
         elif kind in (EPB, PB, SPB):
             n += 1
         size = load32(buf, pos + 4, swap)
-        if size < 12:
+        if size < 12 or size & 3:
             break
-        pos += (size + 3) & ~3
+        pos += size
     return n
 
 
@@ -132,12 +132,12 @@ def _walk_blocks(buf, pos, swap, interfaces, index, row, stop, frame, comments, 
         kind = load32(buf, pos, swap)
         if kind in (SHB, IDB, ISB):
             return pos, row, frame, n_comments, BLOCK
-        size = (load32(buf, pos + 4, swap) + 3) & ~3
-        if size < 12:
+        size = load32(buf, pos + 4, swap)
+        if size < 12 or size & 3:
             return pos, row, frame, n_comments, DAMAGED
         if pos + size > end:
             return pos, row, frame, n_comments, CUT
-        if (load32(buf, pos + size - 4, swap) + 3) & ~3 != size:
+        if load32(buf, pos + size - 4, swap) != size:
             return pos, row, frame, n_comments, DAMAGED
         if kind in (JOURNAL, CUSTOM, CUSTOM_NO_COPY):
             frame += 1
@@ -200,7 +200,7 @@ def _options(body: bytes, endian: str) -> list[tuple[int, bytes]]:
 class PcapngReader:
     """A pcapng file: fills a `PacketIndex` batch by batch, with the attributes of `ClassicReader`."""
 
-    kind = "pcapng"
+    kind = format_name = "pcapng"
     clock = "CLOCK_REALTIME"
 
     def __init__(self, buf: np.ndarray, where: str) -> None:
@@ -209,6 +209,7 @@ class PcapngReader:
         self._table = np.zeros((0, 5), np.int64)
         self._section: list[dict[str, Any]] = []
         self._comment_at = np.zeros((MAX_COMMENTS, 2), np.int64)
+        self._untimed = 0
         self.comments: list[tuple[int, str]] = []
         self.interfaces: list[dict[str, Any]] = []
         self.warnings: list[str] = []
@@ -224,14 +225,25 @@ class PcapngReader:
         """Return how many packets the file holds, at most."""
         return count_blocks(self.buf, 0, False)
 
+    def attrs(self) -> dict[str, Any]:
+        """Return what is known of the file so far."""
+        names = ("kind", "clock", "interfaces", "comments", "sections", "truncated", "truncated_at")
+        warnings = list(self.warnings)
+        if self._untimed:
+            warnings.append(f"{self._untimed} packets have no time that int64 nanoseconds can hold")
+        return {**{name: getattr(self, name) for name in names}, "warnings": warnings}
+
     def fill(self, index: PacketIndex, row: int, stop: int) -> tuple[int, bool]:
         """Write the next packets to rows `row` to `stop` of `index`; return the next row and whether more may come."""
+        first = row
         while not self.truncated:
             swap = self._endian == ">"
             self._pos, row, self._frame, n_comments, status = _walk_blocks(
                 self.buf, self._pos, swap, self._table, index, row, stop, self._frame, self._comment_at, 0
             )
             self._read_comments(n_comments)
+            self._untimed += int(np.count_nonzero(index.time[first:row] == NAT))
+            first = row
             if status == FULL:
                 return row, True
             if status == END:
@@ -265,11 +277,14 @@ class PcapngReader:
                 return self._stop("the section header has no byte order mark")
             self._endian = marks[head[8:12]]
         kind, size = struct.unpack_from(self._endian + "II", head)
-        size = size + 3 & ~3
+        if size & 3:
+            return self._stop("the block's length is not a multiple of 4")
         if size < {SHB: 28, IDB: 20}.get(kind, 24):
             return self._stop("the block is shorter than its fixed part")
         if self._pos + size > len(self.buf):
             return self._stop("the block passes the end of the file")
+        if bytes(self.buf[self._pos + size - 4 : self._pos + size]) != head[4:8]:
+            return self._stop("the block's two lengths differ")
         body = bytes(self.buf[self._pos + 8 : self._pos + size - 4])
         {SHB: self._read_section, IDB: self._read_interface, ISB: self._read_statistics}[kind](body)
         if not self.truncated:
