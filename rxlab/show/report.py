@@ -29,6 +29,7 @@ from rxlab.show.trust import AnalysedRun
 from rxlab.stages import STAGES
 
 TEMPLATE = "report.html"
+RECORDED_MARK = "RECORDED"
 MAX_BYTES = 10_000_000
 # Figures per configuration are drawn for this many at most; tables show all.
 MAX_DRAWN = 6
@@ -48,12 +49,13 @@ def write_report(
     Parameters
     ----------
     runs : sequence
-        Analysed runs: objects with ``run``, ``host``, ``tree``, ``verify`` and ``path`` (:class:`rxlab.show.trust.AnalysedRun`). The
-        first one's configuration is the baseline.
+        Analysed runs: :class:`rxlab.Run` or other objects with ``run``, ``host``, ``tree``, ``verify`` and ``path``
+        (:class:`rxlab.show.trust.AnalysedRun`). The first one's configuration is the baseline; a sweep's own order is kept.
     command : sequence of str or str, optional
         What makes this report again; by default the runs' own command.
     recorded : bool
-        The runs are recorded data and not this machine's: the page says so.
+        The runs are recorded data and not this machine's: the page says so. Runs in a folder ``data`` or with a file
+        ``RECORDED`` in them are known to be.
     reveal : bool
         Show host names and addresses; by default they are replaced by consistent pseudonyms.
 
@@ -62,7 +64,11 @@ def write_report(
     Path
         The page, below 10 MB, mode 0600.
     """
-    analysed = [_analysed(run) for run in runs]
+    # A sweep records in shuffled order; its cells' names give the order in which the configurations were asked for.
+    analysed = sorted(
+        (_analysed(run) for run in runs), key=lambda run: str((run.run.get("sweep") or {}).get("cell", ""))
+    )
+    recorded = recorded or any(_is_recorded(run.path) for run in analysed)
     if not analysed:
         raise RxlabError(
             "no run to report",
@@ -96,6 +102,10 @@ def _analysed(run: Any) -> AnalysedRun:
     return AnalysedRun(dict(run.run), dict(run.host or {}), run.tree, verify, Path(run.path))
 
 
+def _is_recorded(path: Path) -> bool:
+    return path.resolve().parent.name == "data" or (path / RECORDED_MARK).is_file()
+
+
 def _render(context: Mapping[str, Any]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("rxlab.show"),
@@ -114,15 +124,15 @@ def configuration_labels(runs: Sequence[AnalysedRun]) -> list[str]:
     """Return a short label per run: the settings that differ between the runs, ``rps_cpus=2, rfs=on``."""
     configurations = [run.run.get("configuration") or {} for run in runs]
     varied = aggregate.varied_settings(configurations)
-    fallback = (
-        "this configuration"
-        if not configurations[0]
-        else ", ".join(f"{key}={value}" for key, value in list(configurations[0].items())[:3])
-    )
-    return [
-        ", ".join(f"{name}={configuration.get(name, '')}" for name in varied) or fallback
+    if not varied:
+        return [
+            ", ".join(f"{key}={value}" for key, value in list(configurations[0].items())[:3]) or "host as it is"
+        ] * len(runs)
+    labels = [
+        ", ".join(f"{name}={configuration[name]}" for name in varied if name in configuration)
         for configuration in configurations
     ]
+    return [label or "host as it is" for label in labels]
 
 
 def _context(

@@ -1,0 +1,265 @@
+"""The report: trust first, the right answer from the untraced arm, and a page that loads nothing."""
+
+from __future__ import annotations
+
+import base64
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+from report_builder import VERIFIED, make_runs
+
+from rxlab.errors import RxlabError
+from rxlab.show import answer, report, trust
+from rxlab.show.report import write_report
+
+
+class _Page(HTMLParser):
+    """Collects what a browser would load, and the text in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.text: list[str] = []
+        self.tags: list[str] = []
+        self._hidden = 0
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self._hidden += tag in ("style", "script")
+        given = dict(attrs)
+        self.loads += [given[name] for name in ("src", "href", "srcset", "data", "poster", "action") if given.get(name)]
+
+    def handle_endtag(self, tag):
+        self._hidden -= tag in ("style", "script")
+
+    def handle_data(self, data):
+        if not self._hidden and data.strip():
+            self.text.append(" ".join(data.split()))
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return make_runs()
+
+
+@pytest.fixture(scope="module")
+def html(runs, tmp_path_factory):
+    path = write_report(
+        runs, tmp_path_factory.mktemp("report") / "deep" / "report.html", command=["rxlab", "demo", "--out", "out/a b"]
+    )
+    assert path.stat().st_mode & 0o777 == 0o600
+    return path.read_text()
+
+
+@pytest.fixture
+def without_figures(monkeypatch):
+    """Leave out the figures, whose drawing takes nearly all the time, where only words matter."""
+    monkeypatch.setattr(report, "_figures", lambda *_: iter(()))
+
+
+def test_page_loads_nothing(html):
+    page = _Page(html)
+    assert all(load.startswith(("data:", "#")) for load in page.loads), [load[:60] for load in page.loads]
+    for svg in (
+        base64.b64decode(load.split(",")[1]).decode() for load in page.loads if load.startswith("data:image/svg")
+    ):
+        assert not re.search(r"""(?:href|src)\s*=\s*["'](?!#|data:)""", svg)
+        assert "url(http" not in svg
+    assert not re.search(r"https?://", html)
+    assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest|import\(", html)
+    assert not {"link"} & set(page.tags) - {"link"}
+    assert len(html) < 2_000_000
+
+
+def test_trust_comes_first_then_the_answer_then_evidence(html):
+    order = [
+        html.index(f'id="{name}"')
+        for name in ("trust", "answer", "verdict", "explanation", "packets", "checks", "host", "again")
+    ]
+    assert order == sorted(order)
+
+
+def test_the_answer_is_the_planted_one(html):
+    text = " ".join(_Page(html).text)
+    assert "With rps_cpus=2 the median is slower than with rps_cpus=0" in text
+    found = re.search(
+        r"median is slower than with rps_cpus=0: \S+ µs → \S+ µs, \+(\d+) % \(95 % interval \+(\d+) % to \+(\d+) %, over repetitions; 5 runs each\)",
+        text,
+    )
+    assert found, text[:3000]
+    ratio, low, high = map(int, found.groups())
+    assert low <= 30 <= high
+    assert ratio == pytest.approx(30, abs=4)
+    assert "rps_ipi +2." in text
+    assert "Traced and untraced runs agree on the direction." in text
+
+
+def test_what_a_colleague_must_know_is_said(html):
+    text = " ".join(_Page(html).text)
+    assert trust.TESTBED_WARNING in text
+    assert trust.RECORDED_NOTE not in text
+    assert "0 mis-joined of 1,200 packets checked" in text
+    assert "error bound ±25 ns" in text
+    assert "rxlab demo --out 'out/a b'" in text
+    assert "rps_cpus=0: ×1.5" in text
+    assert "gro" in text
+
+
+def test_numbers_sort_by_value(html):
+    cells = re.findall(r'<td data-v="([^"]*)"', html)
+    assert len(cells) > 100
+    for cell in cells:
+        float(cell)
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_equal_configurations_cannot_be_told_apart(tmp_path):
+    text = write_report(make_runs(ratio=1.0, traced=False), tmp_path / "r.html").read_text()
+    assert "Cannot tell rps_cpus=2 from rps_cpus=0" in text
+    assert "repetitions of each configuration to be seen" in text
+    assert "no traced runs" in text
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_one_run_each_gives_no_verdict(tmp_path):
+    text = write_report(make_runs(reps=1), tmp_path / "r.html").read_text()
+    assert "Cannot tell" in text
+    assert "repeat at least 5 times" in text
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_no_untraced_run_gives_no_verdict(tmp_path):
+    text = write_report(make_runs(reps=0), tmp_path / "r.html").read_text()
+    assert "No verdict on rps_cpus=2 against rps_cpus=0" in text
+    assert "Explanation from the traced runs" in text
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_disagreement_of_the_arms_is_shouted(tmp_path):
+    text = write_report(make_runs(ratio=0.7), tmp_path / "r.html").read_text()
+    assert "the median is faster" in text
+    assert "DISAGREE" in text
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_one_configuration_is_described(tmp_path):
+    text = write_report(make_runs(settings=("0",)), tmp_path / "r.html").read_text()
+    assert "The median packet takes" in text
+    assert "One configuration gives no comparison" in text
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_several_configurations_name_the_best(tmp_path):
+    text = write_report(make_runs(ratio=0.8, settings=("0", "1", "2"), traced=False), tmp_path / "r.html").read_text()
+    assert "Of 3 configurations rps_cpus=2 has the lowest median" in text
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_a_sweeps_first_configuration_is_the_baseline_whatever_the_order(runs, tmp_path):
+    shuffled = [replace(run, run={**run.run, "sweep": {"cell": run.path.name}}) for run in runs]
+    shuffled = shuffled[-1:] + shuffled[:-1]
+    assert "With rps_cpus=2 the median is slower" in write_report(shuffled, tmp_path / "r.html").read_text()
+
+
+def test_settings_that_one_side_lacks_read_as_the_host_is(runs):
+    changed = [
+        replace(run, run={**run.run, "configuration": {}}) if run.run["configuration"]["rps_cpus"] == "0" else run
+        for run in runs
+    ]
+    assert set(report.configuration_labels(changed)) == {"host as it is", "rps_cpus=2, gro=off"}
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_recorded_data_are_named_so(runs, tmp_path):
+    marked = tmp_path / "copy"
+    marked.mkdir()
+    (marked / "RECORDED").touch()
+    assert trust.RECORDED_NOTE in write_report([replace(runs[0], path=marked)], tmp_path / "r.html").read_text()
+    assert (
+        trust.RECORDED_NOTE
+        in write_report([replace(runs[0], path=tmp_path / "data" / "tcp")], tmp_path / "r.html").read_text()
+    )
+    assert trust.RECORDED_NOTE in write_report(runs[:1], tmp_path / "r.html", recorded=True).read_text()
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_host_names_and_addresses_are_pseudonyms_unless_revealed(runs, tmp_path):
+    run = replace(runs[0], run={**runs[0].run, "command": ["rxlab", "capture", "--filter", "host 192.0.2.7"]})
+    shared = write_report([run], tmp_path / "r.html").read_text()
+    assert "lab-machine" not in shared
+    assert "192.0.2.7" not in shared
+    own = write_report([run], tmp_path / "r.html", reveal=True).read_text()
+    assert "lab-machine" in own
+    assert "192.0.2.7" in own
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_markup_in_names_is_text(runs, tmp_path):
+    run = replace(runs[0], run={**runs[0].run, "configuration": {"rps_cpus": "<script>alert(1)</script>"}})
+    assert "<script>alert" not in write_report([run], tmp_path / "r.html").read_text()
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_a_method_or_a_value_may_verify(runs, tmp_path):
+    class WithMethod:
+        run, host, tree, path = runs[5].run, runs[5].host, runs[5].tree, runs[5].path
+
+        def verify(self):
+            return {**VERIFIED, "misjoined": 3}
+
+    assert "3 mis-joined of 600 packets checked" in write_report([WithMethod()], tmp_path / "r.html").read_text()
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_no_runs_are_one_clear_error(tmp_path):
+    with pytest.raises(RxlabError, match="no run to report"):
+        write_report([], tmp_path / "r.html")
+
+
+def _state(runs, name, **given):
+    checks = trust.trust_panel(runs, **{"recorded": False, "overhead": [], **given})
+    return next(check.state for check in checks if check.name == name)
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "state"),
+    [
+        ("Runs ended well", lambda r: replace(r, run={**r.run, "status": "partial"}), "bad"),
+        ("Join against the workload's log", lambda r: replace(r, verify={**VERIFIED, "misjoined": 1}), "bad"),
+        ("Join against the workload's log", lambda r: replace(r, verify={**VERIFIED, "checked": 0}), "none"),
+        ("Coverage per stage", lambda r: replace(r, verify={**VERIFIED, "complete": 0.97}), "warn"),
+        (
+            "Packets captured = received",
+            lambda r: replace(r, run={**r.run, "tcpdump": {"captured": 1, "received": 2, "dropped": 0}}),
+            "bad",
+        ),
+        ("Packets captured = received", lambda r: replace(r, run={**r.run, "tcpdump": None}), "none"),
+        (
+            "Kernel counters against the join",
+            lambda r: replace(r, verify={**VERIFIED, "counters_agree": False}),
+            "warn",
+        ),
+        ("Bytes read = bytes on the wire", lambda r: replace(r, verify={**VERIFIED, "byte_sums_equal": False}), "bad"),
+        ("Settings restored", lambda r: replace(r, run={**r.run, "testbed": None, "got": {"restored": False}}), "bad"),
+        ("Settings restored", lambda r: replace(r, run={**r.run, "testbed": None, "got": {"restored": True}}), "good"),
+    ],
+)
+def test_a_spoilt_run_is_seen(runs, name, spoil, state):
+    traced = runs[5]
+    if state not in ("good", "none"):
+        assert _state([traced], name) == "good"
+    assert _state([spoil(traced)], name) == state
+
+
+def test_lost_events_and_uncovered_packets_are_seen(runs):
+    tree = runs[5].tree.copy()
+    tree.attrs["lost"] = 7
+    assert _state([replace(runs[5], tree=tree)], "Kernel events lost by perf") == "bad"
+    assert trust.overall(trust.trust_panel([replace(runs[5], tree=tree)], recorded=False, overhead=[])) == "bad"
+
+
+def test_percent_words():
+    assert [answer.percent(ratio) for ratio in (1.213, 0.995, 1.0)] == ["+21 %", "\N{MINUS SIGN}0.5 %", "+0.0 %"]
