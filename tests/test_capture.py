@@ -293,6 +293,21 @@ def test_on_live_traffic_the_fence_is_what_was_received_when_it_was_first_asked(
     assert recorder.stop()["fence"] == {"captured": 190, "received": 100}
 
 
+def test_on_loopback_each_packet_is_counted_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """libpcap hides the copy of the sending side, the kernel counts it."""
+    end = "8 packets captured\n16 packets received by filter\n0 packets dropped by kernel\n"
+    recorder = fake_tcpdump(tmp_path, monkeypatch, [(7, 16), (8, 16), (8, 16)] + [(8, 16)] * 9, end)
+    recorder.start()
+    result = recorder.stop()
+    assert (result["captured"], result["received"], result["copies"]) == (8, 8, 2)
+    assert result["fence"] == {"captured": 8, "received": 8}
+    recorder = fake_tcpdump(tmp_path, monkeypatch, [(8, 16)] * 1000, end)
+    monkeypatch.setattr(pcaprecord, "FENCE_TIMEOUT", 0.1)
+    recorder.iface = "eth0"
+    recorder.start()
+    assert recorder.stop()["received"] == 16, "elsewhere half is half"
+
+
 def test_packets_tcpdump_never_took_make_the_run_partial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pcaprecord, "FENCE_TIMEOUT", 0.2)
     lost = "0 packets captured\n200 packets received by filter\n0 packets dropped by kernel\n"

@@ -55,6 +55,12 @@ class PcapRecorder:
     process: subprocess.Popen[bytes] | None = None
     output: str = ""
     fence: dict[str, int] = field(default_factory=dict)
+    copies: int = 1
+
+    @property
+    def is_loopback(self) -> bool:
+        """Tell whether each packet may be counted twice: on lo the kernel delivers it as sent and as received."""
+        return self.iface == "lo"
 
     def argv(self) -> list[str]:
         """Return the command line."""
@@ -111,19 +117,29 @@ class PcapRecorder:
         may never be seen equal: then the numbers of a later question must have passed the first one's.
         """
         deadline = time.monotonic() + FENCE_TIMEOUT
-        goal: int | None = None
-        while self.is_alive() and time.monotonic() < deadline:
-            since = len(self.output)
-            assert self.process is not None
-            self.process.send_signal(signal.SIGUSR1)
-            if not self._read_until(DROPPED, FENCE_TIMEOUT, since):
+        goal = captured_before = -1
+        while (numbers := self._ask()) is not None:
+            captured, received = numbers
+            if self.is_loopback and captured == captured_before and received == 2 * captured:
+                self.copies = 2
+            goal = received if goal < 0 else goal
+            self.fence = {"captured": captured, "received": goal // self.copies}
+            if captured >= self.fence["received"] or time.monotonic() > deadline:
                 return
-            captured, received = (int(pattern.findall(self.output[since:])[-1]) for pattern in (CAPTURED, RECEIVED))
-            goal = received if goal is None else goal
-            self.fence = {"captured": captured, "received": goal}
-            if captured >= goal:
-                return
+            captured_before = captured
             time.sleep(0.005)
+
+    def _ask(self) -> tuple[int, int] | None:
+        """Return how many packets tcpdump has taken and how many the kernel received for it; None when it is gone."""
+        since = len(self.output)
+        if not self.is_alive():
+            return None
+        assert self.process is not None
+        self.process.send_signal(signal.SIGUSR1)
+        if not self._read_until(DROPPED, FENCE_TIMEOUT, since):
+            return None
+        captured, received = (int(pattern.findall(self.output[since:])[-1]) for pattern in (CAPTURED, RECEIVED))
+        return captured, received
 
     def stop(self) -> dict[str, Any]:
         """End tcpdump and return the ``tcpdump`` object of run.json."""
@@ -138,11 +154,14 @@ class PcapRecorder:
             name: (int(found[-1]) if (found := pattern.findall(final)) else None)
             for name, pattern in (("captured", CAPTURED), ("received", RECEIVED), ("dropped", DROPPED))
         }
+        if numbers["received"] is not None:
+            numbers["received"] //= self.copies
         return {
             "version": tool_version("tcpdump"),
             "argv": self.argv(),
             "exit_code": self.process.returncode,
             **numbers,
+            "copies": self.copies,
             "fence": self.fence,
             "stderr": last_message(final),
         }
