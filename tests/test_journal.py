@@ -99,6 +99,20 @@ def test_an_exception_in_the_block_restores(host: FakeHost, folder: Path) -> Non
     assert tree_bytes(host.root) == before
 
 
+def test_an_interrupt_while_restoring_waits_and_is_not_lost(host: FakeHost, folder: Path) -> None:
+    before = tree_bytes(host.root)
+
+    def interrupt(text: str) -> str:
+        if text == "0":
+            signal.raise_signal(signal.SIGINT)
+        return text
+
+    host.rounds["busy_poll"] = interrupt
+    with pytest.raises(KeyboardInterrupt), change(host, folder, {"busy_poll": 50, "netdev_budget": 600}):
+        pass
+    assert tree_bytes(host.root) == before
+
+
 @pytest.mark.parametrize("code", [EIO, EBUSY, EPERM])
 @pytest.mark.parametrize(
     "end", ["rx-1/rps_cpus", "irq/25/smp_affinity_list", "busy_poll", "cpu1/cpufreq/scaling_governor"]

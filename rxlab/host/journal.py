@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rxlab.errors import HostSettingError
@@ -478,15 +479,19 @@ def _merge(into: RestoreReport, other: RestoreReport) -> None:
 
 @contextmanager
 def _no_interrupt() -> Iterator[None]:
-    """Let a second Ctrl-C wait until the restore is done."""
-    if threading.current_thread() is not threading.main_thread():
+    """Let a Ctrl-C wait until the restore is done."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    pending: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: pending.append((number, frame)))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+        if pending:
+            before(*pending[0])
 
 
 if __name__ == "__main__":

@@ -255,6 +255,7 @@ def remove_namespaces(names: Iterable[str], links: Iterable[str], report: Restor
 
 
 def _ip(arguments: list[str], report: RestoreReport) -> None:
-    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
+    # A session of its own: Ctrl-C goes to the terminal's whole foreground group, and this has to run to its end.
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False, start_new_session=True)
     if done.returncode != 0:
         report.failed.append(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
