@@ -209,7 +209,8 @@ def _family_ethertype(buf, pos, end, linktype):
     # NULL is in the capturing machine's byte order: families are small numbers, so the larger reading is the wrong one.
     if linktype == LINKTYPE_NULL and family > 0xFFFF:
         family = ((family >> 24) & 0xFF) | ((family >> 8) & 0xFF00)
-    if family == 2:
+    # Some writers put an EtherType into the word's second half.
+    if family == 2 or be16(buf, pos + 2) == ETH_IPV4:
         return ETH_IPV4
     # AF_INET6: Linux 10, NetBSD/OpenBSD 24, FreeBSD 28, macOS 30
     return ETH_IPV6 if family in (10, 24, 28, 30) else 0
@@ -250,7 +251,11 @@ def _link_layer(buf, pos, end, linktype):
     elif linktype in (LINKTYPE_NULL, LINKTYPE_LOOP):
         ethertype = np.int64(_family_ethertype(buf, pos, end, linktype))
         pos += 4
-    elif linktype in (LINKTYPE_RAW, LINKTYPE_IPV4, LINKTYPE_IPV6, DLT_RAW, DLT_RAW_OPENBSD):
+    elif linktype == LINKTYPE_IPV4:
+        ethertype = np.int64(ETH_IPV4)
+    elif linktype == LINKTYPE_IPV6:
+        ethertype = np.int64(ETH_IPV6)
+    elif linktype in (LINKTYPE_RAW, DLT_RAW, DLT_RAW_OPENBSD):
         ethertype = np.int64(_by_version_nibble(buf, pos, end))
     return ethertype, pos, dst, src, vlan, vlan2, direction
 
