@@ -97,3 +97,13 @@ def test_a_sweep_opens_in_plain_xarray(tmp_path):
     sweep.to_netcdf(tmp_path / "sweep.nc", engine="h5netcdf")
     with xr.open_dataset(tmp_path / "sweep.nc") as opened:
         xr.testing.assert_equal(sweep, opened.load())
+
+
+def test_curves_are_short_however_many_packets():
+    values = np.random.default_rng(0).lognormal(9, 1, 300_000)
+    latency, above = aggregate.tail_curve(values)
+    assert len(latency) <= aggregate.CURVE_POINTS
+    assert latency[-1] == values.max()
+    assert (np.diff(latency) >= 0).all()
+    exact = (values[:, None] >= latency[None, ::50]).mean(axis=0)
+    np.testing.assert_allclose(above[::50], exact, rtol=1e-9)

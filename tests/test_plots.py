@@ -115,16 +115,6 @@ def test_stage_bars_end_at_the_median(trees):
         assert max(ends) == pytest.approx(expected, rel=1e-6)
 
 
-def test_curves_are_short_however_many_packets():
-    values = np.random.default_rng(0).lognormal(9, 1, 300_000)
-    latency, above = plots.tail_curve(values)
-    assert len(latency) <= plots.CURVE_POINTS
-    assert latency[-1] == values.max()
-    assert (np.diff(latency) >= 0).all()
-    exact = (values[:, None] >= latency[None, ::50]).mean(axis=0)
-    np.testing.assert_allclose(above[::50], exact, rtol=1e-9)
-
-
 def test_styles_do_not_leak(trees):
     before = dict(mpl.rcParams)
     plots.plot_packet(trees["rps_cpus=0"][0])

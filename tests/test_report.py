@@ -169,7 +169,7 @@ def test_settings_that_one_side_lacks_read_as_the_host_is(runs):
         replace(run, run={**run.run, "configuration": {}}) if run.run["configuration"]["rps_cpus"] == "0" else run
         for run in runs
     ]
-    assert set(report.configuration_labels(changed)) == {"host as it is", "rps_cpus=2, gro=off"}
+    assert set(answer.group_runs(changed)) == {"host as it is", "rps_cpus=2, gro=off"}
 
 
 @pytest.mark.usefixtures("without_figures")
@@ -203,14 +203,12 @@ def test_markup_in_names_is_text(runs, tmp_path):
 
 
 @pytest.mark.usefixtures("without_figures")
-def test_a_method_or_a_value_may_verify(runs, tmp_path):
-    class WithMethod:
+def test_a_run_verifies_itself(runs, tmp_path):
+    class Run:
         run, host, tree, path = runs[5].run, runs[5].host, runs[5].tree, runs[5].path
+        verification = {**VERIFIED, "misjoined": 3}
 
-        def verify(self):
-            return {**VERIFIED, "misjoined": 3}
-
-    assert "3 mis-joined of 600 packets checked" in write_report([WithMethod()], tmp_path / "r.html").read_text()
+    assert "3 mis-joined of 600 packets checked" in write_report([Run()], tmp_path / "r.html").read_text()
 
 
 @pytest.mark.usefixtures("without_figures")

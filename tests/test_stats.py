@@ -176,3 +176,9 @@ def test_no_values_give_no_number():
     empty = stats.quantile_interval(np.array([np.nan]), 0.5)
     assert np.isnan(empty.value)
     assert empty.n == 0
+
+
+def test_locality_is_the_share_of_packets_processed_where_they_are_read():
+    near, far = _tree(1, path_kind="backlog_rps"), _tree(2)
+    assert stats.locality(near) == {"same_cpu": 1, "same_core": 1, "same_llc": 1, "same_node": 1}
+    assert stats.locality(far) == {"same_cpu": 0, "same_core": 0, "same_llc": 1, "same_node": 1}

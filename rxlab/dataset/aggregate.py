@@ -23,6 +23,9 @@ GAMMA = (1 + RELATIVE_ERROR) / (1 - RELATIVE_ERROR)
 # counted, not hidden); the last one is open: above 1000 s.
 N_BUCKETS = int(np.ceil(np.log(1e12) / np.log(GAMMA))) + 3
 
+# Points of a curve that is to be drawn, however many packets it stands for.
+CURVE_POINTS = 600
+
 
 class LogHistogram:
     """Counts of latencies in logarithmic buckets.
@@ -91,6 +94,15 @@ def bucket_centers() -> np.ndarray:
 def histogram_of(tree: xr.DataTree, hop: str) -> LogHistogram:
     """Count one hop's latencies of a run's usable packets."""
     return LogHistogram().add(stats.hop_values(tree, hop))
+
+
+def tail_curve(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return latency (ns) and the share of packets above it, at points dense in the tail: at most CURVE_POINTS of them."""
+    ordered = np.sort(values)
+    n = len(ordered)
+    tail = np.unique(np.round(np.geomspace(1, max(n, 1), CURVE_POINTS)).astype(np.int64))
+    rows = n - tail[tail <= n]
+    return ordered[rows][::-1], (tail[tail <= n] / n)[::-1]
 
 
 def merged_coverage(trees: Iterable[xr.DataTree]) -> xr.Dataset:

@@ -161,6 +161,21 @@ def hop_values(tree: xr.DataTree, hop: str, rows: np.ndarray | None = None) -> n
     return values[~np.isnan(values)]
 
 
+def locality(tree: xr.DataTree) -> dict[str, float]:
+    """Return the share of usable packets whose protocol stack ran on the reader's CPU, core, last level cache and node.
+
+    Keys ``same_cpu``, ``same_core``, ``same_llc``, ``same_node``; NaN where the host's topology is unknown.
+    """
+    packets = tree["packets"].to_dataset()
+    rows = usable(packets)
+    shares = {}
+    for name in ("same_cpu", "same_core", "same_llc", "same_node"):
+        known = packets[name].values[rows]
+        known = known[known >= 0]
+        shares[name] = float(known.mean()) if len(known) else float("nan")
+    return shares
+
+
 def quantile_table(tree: xr.DataTree, *, confidence: float = 0.95) -> xr.Dataset:
     """Return the quantiles of every hop of one run.
 

@@ -6,13 +6,14 @@ traced ones.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from rxlab.dataset import stats
+from rxlab.dataset import aggregate, stats
 from rxlab.dataset.stats import BETTER, CANNOT_TELL, WORSE, Comparison
 from rxlab.show.plots import microseconds
 from rxlab.show.trust import AnalysedRun
@@ -53,6 +54,23 @@ class Answer:
     sentence: str
     tone: str
     more: list[str]
+
+
+def group_runs(runs: Iterable[Any]) -> dict[str, list[AnalysedRun]]:
+    """Return the runs by configuration, under a short label: the settings that differ, ``rps_cpus=2, rfs=on``.
+
+    The first configuration is the baseline. A sweep records in shuffled order; the names of its cells give the order in which
+    the configurations were asked for.
+    """
+    analysed = sorted(map(AnalysedRun.of, runs), key=lambda run: str((run.run.get("sweep") or {}).get("cell", "")))
+    configurations = [run.run.get("configuration") or {} for run in analysed]
+    varied = aggregate.varied_settings(configurations)
+    groups: dict[str, list[AnalysedRun]] = {}
+    for run, configuration in zip(analysed, configurations, strict=True):
+        names = list(varied) or list(configuration)[:3]
+        label = ", ".join(f"{name}={configuration[name]}" for name in names if name in configuration)
+        groups.setdefault(label or "host as it is", []).append(run)
+    return groups
 
 
 def choose_metric(groups: Mapping[str, Sequence[AnalysedRun]]) -> str | None:

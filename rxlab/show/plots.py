@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
 from rxlab.dataset import stats
+from rxlab.dataset.aggregate import tail_curve
 from rxlab.dataset.stats import Comparison
 from rxlab.errors import RxlabError
 from rxlab.stages import ORDER, PATH_KINDS, STAGE_INDEX
@@ -46,7 +47,6 @@ STYLE: Any = {
     "axes.axisbelow": True, "legend.frameon": False, "figure.facecolor": "white", "savefig.facecolor": "white", "lines.linewidth": 1.6,
     "figure.constrained_layout.use": True, "figure.constrained_layout.w_pad": 0.09, "figure.constrained_layout.h_pad": 0.06,
 }  # fmt: skip
-CURVE_POINTS = 600
 
 
 def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
@@ -218,14 +218,16 @@ def plot_stage_bars(
     axes.set_xlim(0, widest / 1e3 * 1.12)
     axes.set_xlabel("latency from the first kernel stage (µs)")
     axes.grid(axis="y", visible=False)
-    figure.legend(*_handles(axes), loc="outside lower center", ncols=5, fontsize=8, columnspacing=1.2, handlelength=1.2)
+    figure.legend(
+        *axes.get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=5,
+        fontsize=8,
+        columnspacing=1.2,
+        handlelength=1.2,
+    )
     axes.set_title(f"Where the time of the {_quantile_words(quantile)} packet goes" if title is None else title)
     return figure
-
-
-def _handles(axes: Axes) -> tuple[list[Any], list[str]]:
-    handles, labels = axes.get_legend_handles_labels()
-    return handles, labels
 
 
 def _quantile_words(quantile: float) -> str:
@@ -266,15 +268,6 @@ def plot_difference(explanation: xr.Dataset, *, a: str = "A", b: str = "B") -> F
     words = _quantile_words(float(explanation.attrs.get("quantile", 0.5)))
     axes.set_title(f"Hops behind the difference of the {words}: {float(explanation['total']) / 1e3:+.2f} µs in all")
     return figure
-
-
-def tail_curve(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return latency (ns) and the share of packets above it, at points dense in the tail: at most CURVE_POINTS of them."""
-    ordered = np.sort(values)
-    n = len(ordered)
-    tail = np.unique(np.round(np.geomspace(1, max(n, 1), CURVE_POINTS)).astype(np.int64))
-    rows = n - tail[tail <= n]
-    return ordered[rows][::-1], (tail[tail <= n] / n)[::-1]
 
 
 @_styled
@@ -334,9 +327,14 @@ def plot_comparison(
     axes.set_xlim(1 / edge, edge)
     axes.set_ylim(len(comparisons) - 0.4, -0.6)
     axes.xaxis.set_minor_locator(NullLocator())
-    ticks = [
-        t for t in (0.1, 0.2, 0.5, 0.7, 0.8, 0.9, 0.95, 1, 1.05, 1.1, 1.25, 1.5, 2, 5, 10) if 1 / edge <= t <= edge
-    ]
+    grids = (
+        (0.98, 0.99, 1, 1.01, 1.02),
+        (0.9, 0.95, 1, 1.05, 1.1),
+        (0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5),
+        (0.25, 0.5, 0.75, 1, 1.5, 2, 4),
+    )
+    grid = next((g for g in grids if g[-1] >= edge**0.7), (0.1, 0.2, 0.5, 1, 2, 5, 10))
+    ticks = [t for t in grid if 1 / edge <= t <= edge]
     axes.set_xticks(ticks, [f"{100 * (t - 1):+.0f} %" if t != 1 else "same" for t in ticks])
     axes.set_yticks(range(len(comparisons)), [_quantile_words(c.quantile) for c in comparisons])
     axes.grid(axis="y", visible=False)
@@ -429,7 +427,7 @@ def plot_coverage(coverage: xr.Dataset, *, title: str = "Coverage: of how many p
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("packets that require the stage")
-    figure.legend(*_handles(axes), loc="outside lower center", ncols=6, fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
     axes.set_title(title)
     return figure
 
@@ -495,6 +493,6 @@ def plot_arms(
     axes.set_xscale("log")
     _log_ticks(axes)
     axes.set_xlabel(xlabel)
-    figure.legend(*_handles(axes), loc="outside lower center", ncols=3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     axes.set_title(title)
     return figure

@@ -21,7 +21,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import rxlab
-from rxlab.dataset import aggregate, schema, stats
+from rxlab.dataset import schema, stats
 from rxlab.errors import RxlabError
 from rxlab.show import answer, plots, trust
 from rxlab.show.redact import Redactor
@@ -64,10 +64,8 @@ def write_report(
     Path
         The page, below 10 MB, mode 0600.
     """
-    # A sweep records in shuffled order; its cells' names give the order in which the configurations were asked for.
-    analysed = sorted(
-        (_analysed(run) for run in runs), key=lambda run: str((run.run.get("sweep") or {}).get("cell", ""))
-    )
+    groups = answer.group_runs(runs)
+    analysed = [run for group in groups.values() for run in group]
     recorded = recorded or any(_is_recorded(run.path) for run in analysed)
     if not analysed:
         raise RxlabError(
@@ -76,7 +74,7 @@ def write_report(
             do="Record one with 'rxlab capture' or 'rxlab demo'.",
         )
     redactor = None if reveal else Redactor.of_hosts([run.host for run in analysed])
-    page = _render(_context(analysed, command=command, recorded=recorded, title=title, redactor=redactor))
+    page = _render(_context(groups, command=command, recorded=recorded, title=title, redactor=redactor))
     if len(page.encode()) > MAX_BYTES:
         raise RxlabError(
             "report is too large",
@@ -92,14 +90,6 @@ def write_report(
         stream.write(page)
     os.replace(temporary, target)
     return target
-
-
-def _analysed(run: Any) -> AnalysedRun:
-    """Return a run as the report takes it, whether its verification is a value or still a method."""
-    verify = run.verify
-    if callable(verify):
-        verify = verify() if "packets" in run.tree.children else None
-    return AnalysedRun(dict(run.run), dict(run.host or {}), run.tree, verify, Path(run.path))
 
 
 def _is_recorded(path: Path) -> bool:
@@ -120,33 +110,16 @@ def _render(context: Mapping[str, Any]) -> str:
     return environment.get_template(TEMPLATE).render(context)
 
 
-def configuration_labels(runs: Sequence[AnalysedRun]) -> list[str]:
-    """Return a short label per run: the settings that differ between the runs, ``rps_cpus=2, rfs=on``."""
-    configurations = [run.run.get("configuration") or {} for run in runs]
-    varied = aggregate.varied_settings(configurations)
-    if not varied:
-        return [
-            ", ".join(f"{key}={value}" for key, value in list(configurations[0].items())[:3]) or "host as it is"
-        ] * len(runs)
-    labels = [
-        ", ".join(f"{name}={configuration[name]}" for name in varied if name in configuration)
-        for configuration in configurations
-    ]
-    return [label or "host as it is" for label in labels]
-
-
 def _context(
-    runs: Sequence[AnalysedRun],
+    groups: Mapping[str, Sequence[AnalysedRun]],
     *,
     command: Sequence[str] | str | None,
     recorded: bool,
     title: str | None,
     redactor: Redactor | None,
 ) -> dict[str, Any]:
-    labels = configuration_labels(runs)
-    groups: dict[str, list[AnalysedRun]] = {}
-    for run, label in zip(runs, labels, strict=True):
-        groups.setdefault(label, []).append(run)
+    runs = [run for group in groups.values() for run in group]
+    labels = [label for label, group in groups.items() for _ in group]
     metric = answer.choose_metric(groups)
     pairs = answer.compare_all(groups, metric)
     given = answer.give_answer(groups, pairs, metric)

@@ -42,6 +42,14 @@ class AnalysedRun:
     verify: dict[str, Any] | None
     path: Path = field(default_factory=Path)
 
+    @classmethod
+    def of(cls, run: Any) -> AnalysedRun:
+        """Return a run as the report takes it: a :class:`rxlab.Run` is analysed and verified where that was not done yet."""
+        if isinstance(run, cls):
+            return run
+        verify = run.verification if hasattr(run, "verification") else run.verify
+        return cls(dict(run.run), dict(run.host or {}), run.tree, verify, Path(run.path))
+
     @property
     def arm(self) -> str:
         return str(self.run.get("arm") or "")
