@@ -67,6 +67,9 @@ def test_everything_is_set_and_put_back(host: FakeHost, folder: Path) -> None:
         assert not host.nic.switches["rx-gro"]
         assert transaction.got["rps_cpus@eth0/rx-0"] == "0-1"
         assert transaction.got == transaction.asked
+        with transaction.change([]):
+            assert len(transaction.got) > 10
+    assert transaction.got == {}, "nothing is in force any more"
     assert tree_bytes(host.root) == before
     assert nic_state(host) == nic, "a feature the driver switched as a side effect is back too"
 

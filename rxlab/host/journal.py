@@ -17,12 +17,10 @@ import select
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rxlab.errors import HostSettingError
@@ -45,6 +43,7 @@ from rxlab.host.undo import (
     TAG,
     AccessCache,
     RestoreReport,
+    interrupt_later,
     process_start,
     remove_namespaces,
     restore_change,
@@ -62,7 +61,7 @@ class Transaction:
     ----------
     id : str
     asked, got : dict
-        Values by label: wanted, and read back. Differences exist only with ``inexact="record"``.
+        Values by label of the changes in force: wanted, and read back. They differ only with ``inexact="record"``.
     report : RestoreReport
         What restoring did, filled as changes end.
     """
@@ -78,7 +77,7 @@ class Transaction:
         self._links: list[str] = []
         self._processes: list[tuple[int, int]] = []
         self._children: list[subprocess.Popen[Any]] = []
-        self._n_changes = 0
+        self._n_changes, self._claims = 0, set[str]()
         self._watchdog: subprocess.Popen[bytes] | None = None
         root = str(self._access_of(None).root)
         with folder_lock(folder):
@@ -122,12 +121,13 @@ class Transaction:
             return
         foreign = [setting for setting in chosen if setting.netns is None or setting.netns not in self._namespaces]
         check_allowed(foreign, self.allow_system_changes, self.yes_this_nic, self._access_of(None))
-        if foreign:
+        if foreign and "host" not in self._claims:
             with folder_lock(self._folder):
                 self._claim("host")
         record = self._snapshot(chosen)
         self._append(record)
         got: dict[str, str] | None = None
+        outer = dict(self.asked), dict(self.got)
         try:
             for setting in chosen:
                 setting.write(self._access_of(setting.netns), setting.encode(setting.wanted or ""))
@@ -135,6 +135,7 @@ class Transaction:
             self._append({"kind": "applied", "change": record["change"], "got": got})
             yield self
         finally:
+            self.asked, self.got = outer
             self._restore(record, got)
 
     def _snapshot(self, chosen: list[Setting]) -> dict[str, Any]:
@@ -179,7 +180,7 @@ class Transaction:
         return got
 
     def _restore(self, record: dict[str, Any], got: dict[str, str] | None) -> None:
-        with _no_interrupt():
+        with interrupt_later():
             report = RestoreReport()
             restore_change(record, got, self._access_of, report)
             _merge(self.report, report)
@@ -237,7 +238,7 @@ class Transaction:
 
     def close(self) -> None:
         """Stop helpers, remove namespaces, drop the journal and dismiss the watchdog."""
-        with _no_interrupt():
+        with interrupt_later():
             self._access_of.close()
             report = RestoreReport()
             report.processes = stop_processes(self._processes, None, self._namespaces)
@@ -281,6 +282,7 @@ class Transaction:
                         do="Wait for it to end.",
                     )
         self._append({"kind": "claim", "what": what})
+        self._claims.add(what)
 
     def _start_watchdog(self) -> None:
         package = Path(__file__).parents[2]
@@ -475,23 +477,6 @@ def watch(path: Path, parent: int, journal: int) -> None:
 def _merge(into: RestoreReport, other: RestoreReport) -> None:
     for name, values in vars(other).items():
         getattr(into, name).extend(values)
-
-
-@contextmanager
-def _no_interrupt() -> Iterator[None]:
-    """Let a Ctrl-C wait until the restore is done."""
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield
-        return
-    pending: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: pending.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if pending:
-            before(*pending[0])
 
 
 if __name__ == "__main__":

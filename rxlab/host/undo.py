@@ -10,10 +10,13 @@ import errno
 import os
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rxlab.errors import HostSettingError, RxlabError
@@ -259,3 +262,20 @@ def _ip(arguments: list[str], report: RestoreReport) -> None:
     done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False, start_new_session=True)
     if done.returncode != 0:
         report.failed.append(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
+
+
+@contextmanager
+def interrupt_later() -> Iterator[None]:
+    """Let a Ctrl-C wait until the restore is done."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    pending: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: pending.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if pending:
+            before(*pending[0])
