@@ -456,12 +456,16 @@ def _statuses(
     reason, table = _drop_reasons(rows, columns, events, path, matched.event)
     duplicate = _duplicates(columns, rows.rank[:, _RX], reason)
     is_data = columns["is_data"]
+    # A later byte of the same stream, or a later datagram of the same socket, was read: so was this one, and its events
+    # were not delivered although perf reported no loss.
+    overtaken = is_data & ~has_reader & (reason == 0) & _overtaken(columns, has_reader)
     status[missing] = code["incomplete"]
     status[is_data & ~has_reader] = code["no_reader"]
     status[is_data & ~has_reader & (reason > 0)] = code["dropped"]
     status[is_data & duplicate] = code["duplicate"]
     windows = gates.blind_windows(events)
     blind = gates.inside_windows(stamp, windows, BLIND_BEFORE_NS, BLIND_AFTER_NS)
+    status[overtaken & ~duplicate] = code["blind"]
     unfinished = missing & ~np.isin(status, (code["dropped"], code["duplicate"]))
     status[unfinished & (lost > 0)] = code["lost"]
     status[unfinished & blind] = code["blind"]
@@ -477,6 +481,19 @@ def _statuses(
     status[ambiguous & is_data & ~unmatched] = code["ambiguous"]
     status[gates.order_violations(rows.time, columns["path_kind"])] = code["negative"]
     return status, reason, table
+
+
+def _overtaken(columns: Columns, has_reader: np.ndarray) -> np.ndarray:
+    """Tell which packets of a flow come before one that was read (in stream order for TCP, in capture order else)."""
+    overtaken = np.zeros(columns.n, bool)
+    key = np.where(columns["proto"] == TCP, columns["position"], np.arange(columns.n))
+    order = np.lexsort((key, columns["flow"]))
+    flow, read = columns["flow"][order], np.where(has_reader[order], np.arange(columns.n), -1)
+    # The last packet of the flow that was read, seen from each packet: a maximum from the right within the flow.
+    edges = np.flatnonzero(np.diff(flow, prepend=-2, append=-2))
+    last = np.maximum.reduceat(read, edges[:-1]) if columns.n else read
+    overtaken[order] = np.repeat(last, np.diff(edges)) > np.arange(columns.n)
+    return overtaken
 
 
 def _drop_reasons(

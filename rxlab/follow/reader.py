@@ -156,7 +156,10 @@ def _copy_positions(
     packet_of = np.full(len(path.rank) + 1, -1, np.int64)
     packet_of[skb[skb >= 0]] = np.flatnonzero(skb >= 0)
     packet = packet_of[life]
-    usable = (packet >= 0) & is_tcp[packet]
+    # AF_UNIX and netlink receive by the same event; an skb address of theirs may be one a packet had before. The call that
+    # followed tells: it must be on the packet's socket.
+    socket, called = path.columns["socket"][life], pick(result.receives["sk"], copies["call"], 0).astype(np.uint64)
+    usable = (packet >= 0) & is_tcp[packet] & ((called == socket) | ((socket == 0) & (copies["call"] >= 0)))
     length = copies["len"].astype(np.int64)
     # Bytes copied from the same life before: a running sum per life, in rank order.
     order = np.lexsort((copies["rank"], life))
@@ -168,6 +171,9 @@ def _copy_positions(
     whole = np.empty(copies.n, bool)
     sums = np.add.reduceat(length[order], starts)
     whole[order] = np.repeat(sums, sizes) == np.where(usable, payload_len[packet], -1)[order]
+    # Beyond the skb's own bytes a copy is of bytes merged into it, unless its call does not add up either: then the address
+    # was reused where no birth is recorded (AF_UNIX, netlink).
+    usable &= ~(copies["doubtful"] & (before >= np.where(packet >= 0, payload_len[packet], 0)))
     return np.where(usable, flow[packet], -1), np.where(usable, position[packet] + before, 0), whole
 
 
@@ -198,14 +204,14 @@ def _consume_streams(
         number = int(copy_flow[rows[0]])
         stop = np.searchsorted(flow[by_flow], number, side="right")
         packets = by_flow[flow_edges[k] : stop]
-        result.bytes_copied[number] = int(length[rows].sum())
         _consume_stream(
-            result, packets, rows, copy_start[rows], length[rows], whole[rows], position, payload_len, rx_rank
+            result, number, packets, rows, copy_start[rows], length[rows], whole[rows], position, payload_len, rx_rank
         )
 
 
 def _consume_stream(
     result: Consumption,
+    number: int,
     packets: np.ndarray,
     rows: np.ndarray,
     start: np.ndarray,
@@ -216,6 +222,12 @@ def _consume_stream(
     rx_rank: np.ndarray,
 ) -> None:
     """Join one flow: its packets to its copies, both in stream order."""
+    # A copy that goes back in the stream and whose call does not add up was never of this stream: its skb address is one
+    # that the stream used before.
+    back = start < np.maximum.accumulate(start + length) - length
+    foreign = back & result.copies["doubtful"][rows]
+    result.bytes_copied[number] = int(length[~foreign].sum())
+    rows, start, length, whole = rows[~foreign], start[~foreign], length[~foreign], whole[~foreign]
     # Copies of one stream continue each other exactly. Where events were lost they do not, and a copy is then believed
     # only if its own skb was copied whole: its position needs no neighbour.
     continues = np.concatenate(([True], start[1:] == start[:-1] + length[:-1]))
