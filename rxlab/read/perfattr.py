@@ -242,8 +242,6 @@ def _modifiers(flags: int) -> str:
     letters += "p" * precise
     if flags & EXCLUDE_HOST or bool(flags & EXCLUDE_GUEST) == (is_excluding or precise > 0):
         letters += ("" if flags & EXCLUDE_HOST else "H") + ("" if flags & EXCLUDE_GUEST else "G")
-    # Both letters say nothing: the event counts host and guest, as one without modifiers does.
-    letters = letters.removesuffix("HG")
     return f":{letters}" if letters else ""
 
 

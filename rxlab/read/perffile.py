@@ -70,6 +70,8 @@ class Segment:
         Every ``BLOCK``-th sample record.
     other_starts : int64 array, dims (record,)
         Every record that is no sample.
+    other_types : uint32 array, dims (record,)
+        Their types.
     is_damaged : bool
         The walk stopped before the end: a record did not fit.
     """
@@ -81,6 +83,7 @@ class Segment:
     n_samples: int = 0
     block_starts: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     other_starts: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    other_types: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint32))
     is_damaged: bool = False
 
 
@@ -303,30 +306,32 @@ def scan_segment(segment: Segment, big: bool) -> None:
     room = segment.end - segment.start
     # Virtual memory only: pages that are never written cost nothing. A SAMPLE record has at least 8 bytes.
     block_starts = np.empty(room // 8 // rec.BLOCK + 2, np.int64)
-    other_starts = np.empty(4096, np.int64)
+    other_starts, other_types = np.empty(4096, np.int64), np.empty(4096, np.uint32)
     state = np.zeros(5, np.int64)
     state[rec.S_AT] = segment.start
     while True:
-        rec.scan_records(segment.buffer, segment.end, byte_order(big), state, block_starts, other_starts)
+        rec.scan_records(segment.buffer, segment.end, byte_order(big), state, block_starts, other_starts, other_types)
         if state[rec.S_STATUS] != rec.FULL:
             break
         other_starts = np.concatenate([other_starts, np.empty(3 * other_starts.size, np.int64)])
+        other_types = np.concatenate([other_types, np.empty(3 * other_types.size, np.uint32)])
     segment.is_damaged = bool(state[rec.S_STATUS] == rec.DAMAGED)
     segment.end = int(state[rec.S_AT])
     segment.n_samples = int(state[rec.S_SAMPLES])
     segment.block_starts = block_starts[: state[rec.S_BLOCKS]].copy()
     segment.other_starts = other_starts[: state[rec.S_OTHERS]].copy()
+    segment.other_types = other_types[: state[rec.S_OTHERS]].copy()
 
 
 def read_other_records(perf: PerfFile, segment: Segment) -> None:
     """Take attributes, features, formats, names and compressed bytes from the records that are no samples."""
     unpacker = Unpacker(perf.big)
-    for at in segment.other_starts.tolist():
-        head = segment.buffer[at : at + 8].tobytes()
-        kind, size = perf.integer(head[:4]), perf.integer(head[6:8])
+    wanted = np.isin(segment.other_types, [rec.RECORD_COMPRESSED, rec.RECORD_COMPRESSED2, *HANDLERS])
+    for at, kind in zip(segment.other_starts[wanted].tolist(), segment.other_types[wanted].tolist(), strict=True):
+        size = perf.integer(segment.buffer[at + 6 : at + 8].tobytes())
         if kind in (rec.RECORD_COMPRESSED, rec.RECORD_COMPRESSED2):
             unpacker.add(segment.buffer, at, kind, size)
-        elif kind in HANDLERS:
+        else:
             HANDLERS[kind](perf, segment.buffer[at : at + size].tobytes(), segment, at)
     if unpacker.n_records:
         unpacked, problem = unpacker.unpack(perf.features.get(HEADER_COMPRESSED))

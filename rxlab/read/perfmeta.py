@@ -90,20 +90,13 @@ def count_index(index: Index) -> Counts:
     return Counts(np.diff(index.rows), first, last, index.duplicates, index.unknown)
 
 
-def record_types(perf: PerfFile, segment_number: int) -> np.ndarray:
-    """Return the type of each record of a segment that is no sample."""
-    segment = perf.segments[segment_number]
-    starts = segment.other_starts
-    raw = segment.buffer[starts[:, None] + np.arange(4)].view(">u4" if perf.big else "<u4")
-    return raw.ravel().astype(np.int64)
-
-
 def count_unknown_records(perf: PerfFile) -> dict[int, int]:
     """Return the number of records of each type no perf known here writes."""
-    types: Counter[int] = Counter()
-    for number in range(len(perf.segments)):
-        types.update(record_types(perf, number).tolist())
-    return {kind: count for kind, count in sorted(types.items()) if kind not in KNOWN_RECORDS}
+    unknown: Counter[int] = Counter()
+    for segment in perf.segments:
+        kinds, counts = np.unique(segment.other_types, return_counts=True)
+        unknown.update(dict(zip(kinds.tolist(), counts.tolist(), strict=True)))
+    return {kind: count for kind, count in sorted(unknown.items()) if kind not in KNOWN_RECORDS}
 
 
 def read_lost(perf: PerfFile) -> Columns:
@@ -113,9 +106,9 @@ def read_lost(perf: PerfFile) -> Columns:
     event named is the one that reported) or ``LOST_SAMPLES`` (counted per event), ``event``.
     """
     rows = []
-    for number, segment in enumerate(perf.segments):
-        types = record_types(perf, number)
-        for at in segment.other_starts[(types == rec.RECORD_LOST) | (types == rec.RECORD_LOST_SAMPLES)].tolist():
+    for segment in perf.segments:
+        is_lost = np.isin(segment.other_types, [rec.RECORD_LOST, rec.RECORD_LOST_SAMPLES])
+        for at in segment.other_starts[is_lost].tolist():
             rows.append(lost_row(perf, segment.buffer[at : at + 0xFFFF].tobytes()))
     rows.sort(key=lambda row: row[:2])
     names = [row[4].encode() for row in rows]

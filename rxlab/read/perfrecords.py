@@ -95,7 +95,7 @@ def record_length(buffer, at, end, big):
 
 
 @jit
-def scan_records(buffer, end, big, state, block_starts, other_starts):
+def scan_records(buffer, end, big, state, block_starts, other_starts, other_types):
     """Walk all records: note the start of every BLOCK-th sample and of each record that is no sample.
 
     Resumable: returns with ``state[S_STATUS] == FULL`` when an array is full.
@@ -123,7 +123,7 @@ def scan_records(buffer, end, big, state, block_starts, other_starts):
             if n_others == other_starts.size:
                 status = FULL
                 break
-            other_starts[n_others] = at
+            other_starts[n_others], other_types[n_others] = at, read_u32(buffer, at, big)
             n_others += 1
         at += length
     state[S_AT], state[S_SAMPLES], state[S_BLOCKS], state[S_OTHERS] = at, n_samples, n_blocks, n_others
