@@ -1,0 +1,48 @@
+"""The as-of primitive against a plain loop."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rxlab.follow.asof import AsOf, pick
+
+ROWS = st.lists(
+    st.tuples(st.integers(0, 60), st.integers(-2, 3), st.integers(0, 2)), max_size=30, unique_by=lambda r: r[0]
+)
+
+
+@given(rows=ROWS, wanted=ROWS, inclusive=st.booleans())
+def test_agrees_with_a_loop(
+    rows: list[tuple[int, int, int]], wanted: list[tuple[int, int, int]], inclusive: bool
+) -> None:
+    table = np.array(rows, np.int64).reshape(-1, 3)
+    look = np.array(wanted, np.int64).reshape(-1, 3)
+    index = AsOf(table[:, 0], table[:, 1], table[:, 2])
+    before = index.last_before(look[:, 0], look[:, 1], look[:, 2], inclusive=inclusive)
+    after = index.first_after(look[:, 0], look[:, 1], look[:, 2], inclusive=inclusive)
+    for (rank, *group), found_before, found_after in zip(look.tolist(), before.tolist(), after.tolist(), strict=True):
+        same = [(r, i) for i, (r, *g) in enumerate(table.tolist()) if g == group]
+        earlier = [(r, i) for r, i in same if r < rank or (inclusive and r == rank)]
+        later = [(r, i) for r, i in same if r > rank or (inclusive and r == rank)]
+        assert found_before == (max(earlier)[1] if earlier else -1)
+        assert found_after == (min(later)[1] if later else -1)
+
+
+def test_negative_rank_finds_nothing() -> None:
+    index = AsOf(np.array([3, 5]), np.array([1, 1]))
+    assert index.first_after(np.array([-1]), np.array([1])).tolist() == [-1]
+
+
+def test_groups_of_kernel_addresses_stay_exact() -> None:
+    """Addresses that differ in their last bit only, beyond what float64 can tell apart."""
+    base = np.uint64(0xFFFF888100000001)
+    address = np.array([base, base + np.uint64(1)], np.uint64)
+    index = AsOf(np.array([1, 2]), address)
+    assert index.last_before(np.array([9, 9]), address).tolist() == [0, 1]
+
+
+def test_pick_gives_missing() -> None:
+    assert pick(np.array([7, 8], np.int16), np.array([1, -1]), -1).tolist() == [8, -1]
+    assert pick(np.empty(0, np.int64), np.array([-1]), 4).tolist() == [4]

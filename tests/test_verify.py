@@ -1,0 +1,123 @@
+"""The verifier against logs of known truth: it accepts the right join and catches each broken one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rxlab.errors import FormatError
+from rxlab.follow.clockfit import NAT
+from rxlab.follow.join import Joined, join
+from rxlab.follow.verify import message_of_packets, read_app_log, verify_join
+from rxlab.read.columns import Columns
+from rxlab.rundir import APP_LOG_FIELDS, APP_LOG_STRUCT, MESSAGE_HEADER, MESSAGE_MAGIC
+from rxlab.stages import STAGE_INDEX
+from tests.simulate import READER, World, simulate
+
+RECV = STAGE_INDEX["recvmsg"]
+
+
+def app_log(world: World, proto: str) -> np.ndarray:
+    """The log the simulated reader would have written: a row per receive call."""
+    returned = world.truth["returned"]
+    calls, first = np.unique(returned, return_index=True)
+    log = np.zeros(len(calls), np.dtype(list(APP_LOG_FIELDS)))
+    log["t0"], log["t1"], log["tid"] = calls - 600, calls + 500, READER
+    log["seq"] = first
+    log["ret"] = np.bincount(np.searchsorted(calls, returned), weights=world.truth["payload"]).astype(np.int32)
+    log["proto"], log["local_port"], log["peer_port"] = (6 if proto == "tcp" else 17), 80, 5000
+    return log
+
+
+def joined_of(proto: str, **options: object) -> tuple[World, Joined]:
+    world = simulate(proto=proto, mean_gap_ns=15_000, work_ns=20_000, **options)  # type: ignore[arg-type]
+    return world, join(world.events, world.packets, world.clock, world.machine)
+
+
+@pytest.mark.parametrize("proto", ["tcp", "udp"])
+def test_right_join_is_accepted(proto: str) -> None:
+    world, joined = joined_of(proto)
+    result = verify_join(joined, app_log(world, proto), messages=np.arange(joined.packets.n))
+    assert result["misjoined"] == 0
+    assert result["checked"] == result["data_packets"] == joined.packets.n
+    assert result["complete"] == 1.0
+    assert result["byte_sums_equal"]
+    assert result["t1_minus_exit_ns"]["p50"] == 500
+
+
+@pytest.mark.parametrize("proto", ["tcp", "udp"])
+def test_packets_shifted_by_one_in_a_flow_are_caught(proto: str) -> None:
+    world, joined = joined_of(proto)
+    joined.time[:-1, RECV] = joined.time[1:, RECV].copy()
+    result = verify_join(joined, app_log(world, proto), messages=np.arange(joined.packets.n))
+    # Packets of one call share its return, so only those at the edge of a call move.
+    moved = (joined.time[:, RECV] != world.truth["returned"]).sum()
+    assert result["misjoined"] == moved > 20
+
+
+def test_two_packets_swapped_are_caught() -> None:
+    world, joined = joined_of("udp")
+    joined.time[[10, 11], RECV] = joined.time[[11, 10], RECV]
+    result = verify_join(joined, app_log(world, "udp"), messages=np.arange(joined.packets.n))
+    assert result["misjoined"] == 2
+    assert result["misjoined_frames"] == [11, 12]
+
+
+def test_wrong_task_is_caught() -> None:
+    world, joined = joined_of("tcp")
+    joined.packets["tid"][7] += 1
+    assert verify_join(joined, app_log(world, "tcp"))["misjoined"] == 1
+
+
+def test_lost_byte_is_caught_by_the_sums() -> None:
+    world, joined = joined_of("tcp")
+    log = app_log(world, "tcp")
+    log["ret"][-1] -= 1
+    assert not verify_join(joined, log)["byte_sums_equal"]
+
+
+def test_flagged_rows_are_not_counted_as_checked() -> None:
+    world, joined = joined_of("tcp", blind=((1, 1_000_000, 1_400_000),))
+    result = verify_join(joined, app_log(world, "tcp"))
+    assert result["flagged"] > 0
+    assert result["checked"] + result["flagged"] == result["data_packets"]
+    assert result["misjoined"] == 0
+
+
+def test_counters_that_disagree_are_reported() -> None:
+    _, joined = joined_of("tcp", rps=True)
+    arrivals = joined.time[:, STAGE_INDEX["rps_ipi"]]
+    n = len(np.unique(arrivals[arrivals != NAT]))
+    processed = joined.packets.n
+    for counted, ok in ((n, True), (n + 2, True), (n - 1, False), (3 * n, False)):
+        rows = [
+            {"cpu": 0, "processed": processed, "received_rps": 0},
+            {"cpu": 1, "processed": 5, "received_rps": counted},
+        ]
+        assert verify_join(joined, None, counters={"softnet_stat": rows})["counters_agree"]["ok"] is ok
+
+
+def test_without_a_log_it_says_what_it_could_not_check() -> None:
+    _, joined = joined_of("tcp")
+    result = verify_join(joined, None)
+    assert result["misjoined"] is None
+    assert result["counters_agree"] is None
+    assert result["complete"] == 1.0
+
+
+def test_cut_log_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "app.log").write_bytes(bytes(APP_LOG_STRUCT.size + 7))
+    with pytest.raises(FormatError, match="cut.*67 bytes"):
+        read_app_log(tmp_path / "app.log")
+
+
+def test_message_numbers_are_read_from_the_payload(tmp_path: Path) -> None:
+    frames = [bytes(42) + MESSAGE_HEADER.pack(MESSAGE_MAGIC, 3, seq, 99) + bytes(8) for seq in (5, 6)] + [bytes(74)]
+    pcap = tmp_path / "x.pcap"
+    pcap.write_bytes(bytes(40) + b"".join(frames))
+    offset = 40 + np.cumsum([0, *(len(frame) for frame in frames[:-1])])
+    sizes = Columns({"caplen": np.array([74, 60, 74])})  # the second is cut inside its header
+    found = message_of_packets(pcap, offset, np.full(3, 42), sizes["caplen"])
+    assert found.tolist() == [5, -1, -1]
