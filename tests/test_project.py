@@ -100,7 +100,7 @@ def test_top_level_holds_what_the_design_names() -> None:
 
 # Folders of a developer's machine, with the slash that makes them a path. Built from parts so that this file passes too.
 MACHINE_PATHS = re.compile(
-    r"(?<![A-Za-z0-9_.])/(?:" + "|".join(["work", "farm", "root", "home/[a-z]+", "tmp/v"]) + r")/|\.library/"
+    r"(?<![A-Za-z0-9_.])/(?:" + "|".join(["work", "farm", "root", "home/[a-z]+", "tmp/v"]) + r")/|[.]library/"
 )
 
 
