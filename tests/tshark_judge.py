@@ -22,8 +22,8 @@ _FRAME = (
     "eth.dst",
     "vlan.id",
 )
-_IP = ("ip.src", "ip.dst", "ip.ttl", "ip.id", "ip.proto", "ip.frag_offset", "ip.flags.mf")
-_IPV6 = ("ipv6.src", "ipv6.dst", "ipv6.hlim")
+_IP = ("ip.src", "ip.dst", "ip.ttl", "ip.id", "ip.proto", "ip.len", "ip.frag_offset", "ip.flags.mf")
+_IPV6 = ("ipv6.src", "ipv6.dst", "ipv6.hlim", "ipv6.plen")
 _TCP = (
     "tcp.srcport",
     "tcp.dstport",
@@ -94,7 +94,7 @@ def _frame_pairs(packets: Columns, i: int, row: dict[str, list[str]]) -> list[tu
     ]
     time = int(packets["time"][i])
     pairs.append(("time", time, epoch_ns(row["frame.time_epoch"][0]) if row["frame.time_epoch"] else NAT))
-    if packets["linktype"][i] == 1 and row["eth.src"]:
+    if packets["linktype"][i] == 1 and row["eth.src"] and row["frame.protocols"][0].startswith("eth"):
         pairs.append(("src_mac", int(packets["src_mac"][i]), _mac(row["eth.src"][0])))
         pairs.append(("dst_mac", int(packets["dst_mac"][i]), _mac(row["eth.dst"][0])))
         if "vlan" in row["frame.protocols"][0].split(":")[:3]:
@@ -107,7 +107,7 @@ def _network_pairs(packets: Columns, i: int, row: dict[str, list[str]]) -> list[
     while protocols and protocols[0] in _LINK:
         protocols.pop(0)
     version = {"ip": 4, "ipv6": 6}.get(protocols[0] if protocols else "", 0)
-    address = "ip.src" if version == 4 else "ipv6.src"
+    address = "ip.dst" if version == 4 else "ipv6.dst"
     if version and not row[address]:  # tshark names the protocol but the header does not fit the captured bytes
         version = 0
     pairs: list[tuple[str, object, object]] = [("ip_version", int(packets["ip_version"][i]), version)]
@@ -142,23 +142,35 @@ def _tcp_pairs(packets: Columns, i: int, row: dict[str, list[str]]) -> list[tupl
         "ack": "tcp.ack_raw",
         "tcp_flags": "tcp.flags",
         "window": "tcp.window_size_value",
-        "payload_len": "tcp.len",
         "tsval": "tcp.options.timestamp.tsval",
         "tsecr": "tcp.options.timestamp.tsecr",
     }
     pairs = [(ours, int(packets[ours][i]), _number(row, theirs)) for ours, theirs in names.items()]
-    missing = {"payload_len": -1}
-    return [(name, ours, missing.get(name, 0) if theirs is None else theirs) for name, ours, theirs in pairs]
+    return [(name, ours, theirs or 0) for name, ours, theirs in pairs] + _payload_pairs(
+        packets, i, _number(row, "tcp.len")
+    )
 
 
 def _udp_pairs(packets: Columns, i: int, row: dict[str, list[str]]) -> list[tuple[str, object, object]]:
     pairs: list[tuple[str, object, object]] = []
     for ours, theirs in (("sport", "udp.srcport"), ("dport", "udp.dstport")):
         pairs.append((ours, int(packets[ours][i]), _number(row, theirs) or 0))
-    length = _number(row, "udp.length")
-    if length is not None and length >= 8 and packets["fragment"][i] == 0:
-        pairs.append(("payload_len", int(packets["payload_len"][i]), length - 8))
-    return pairs
+    length, room = _number(row, "udp.length"), max(_number(row, "ip.len") or 0, _number(row, "ipv6.plen") or 0)
+    is_a_lie = length is None or length < 8 or length > room
+    return pairs + _payload_pairs(packets, i, None if is_a_lie else length - 8)
+
+
+def _payload_pairs(packets: Columns, i: int, theirs: int | None) -> list[tuple[str, object, object]]:
+    """Compare the payload length where both mean the same.
+
+    Not of fragments (tshark has the datagram's length, or none), nor where a length exceeds the frame as it was on the
+    wire, nor where the UDP length exceeds the IP packet: rxlab then trusts the IP header, tshark shows the UDP header or
+    trusts the frame.
+    """
+    ours, offset, wire_len = (int(packets[name][i]) for name in ("payload_len", "payload_offset", "wire_len"))
+    if theirs is None or packets["fragment"][i] or max(ours, theirs) + offset > wire_len:
+        return []
+    return [("payload_len", ours, theirs)]
 
 
 def assert_equal_to_tshark(packets: Columns, path: Path) -> None:

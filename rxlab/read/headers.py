@@ -275,8 +275,8 @@ def _ipv4(buf, pos, end, wire_end):
         fragment = np.int64(2)
     elif word & 0x2000:
         fragment = np.int64(1)
-    l4_len = total - header if header >= 20 and total >= header else np.int64(-1)
-    return True, np.int64(buf[pos + 9]), pos + header, l4_len, fragment, be16(buf, pos + 4)
+    is_sound = header >= 20 and total >= header
+    return is_sound, np.int64(buf[pos + 9]), pos + header, total - header, fragment, be16(buf, pos + 4)
 
 
 @njit(cache=True, nogil=True, forceinline=True)
