@@ -7,17 +7,21 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from host_builder import EBUSY, EIO, EPERM, FakeHost, tree_bytes
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rxlab.errors import HostSettingError
 from rxlab.host.access import HostAccess
 from rxlab.host.journal import apply, restore
-from rxlab.host.undo import process_start
+from rxlab.host.settings import collateral, parse_settings
+from rxlab.host.undo import AccessCache, RestoreReport, process_start, restore_change
 
 ALL = {
     "rps_cpus": "0-1",
@@ -224,15 +228,13 @@ def test_a_testbeds_own_namespace_needs_no_permission(host: FakeHost, folder: Pa
     netns = f"rxlab-test-{os.getpid()}"
     with apply(testbed="t", journal_dir=folder, open_access=host.open) as transaction:
         transaction.register_namespace(netns)
-        from rxlab.host.settings import parse_settings
-
         with host.open(netns) as access:
-            settings = parse_settings({"rps_cpus": "1", "busy_poll": 3}, "eth0", netns, access=access)
-        with transaction.change([setting for setting in settings if setting.netns]):
+            chosen = parse_settings({"rps_cpus": "1", "busy_poll": 3}, "eth0", netns, access=access)
+        with transaction.change([setting for setting in chosen if setting.netns]):
             assert host.read("sys/class/net/eth0/queues/rx-0/rps_cpus") == "2"
         with (
             pytest.raises(HostSettingError, match="busy_poll: the setting is the host's"),
-            transaction.change(settings),
+            transaction.change(chosen),
         ):
             pytest.fail("the block must not run")
 
@@ -255,6 +257,37 @@ def test_a_live_run_is_not_restored(host: FakeHost, folder: Path) -> None:
         report = restore(folder)
         assert f"process {os.getpid()} is running, left alone" in report.messages[0]
         assert host.read("proc/sys/net/core/busy_poll") == "7"
+
+
+@settings(max_examples=40)
+@given(
+    keys=st.sets(st.sampled_from(sorted([*ALL, "channels"])), min_size=1),
+    share=st.floats(0, 1),
+    somebody=st.sampled_from([None, "proc/sys/net/core/netdev_budget"]),
+)
+def test_whatever_was_written_when_it_died_is_undone(keys: set[str], share: float, somebody: str | None) -> None:
+    """Restoring the snapshot is the identity, wherever the writes stopped, and when done twice."""
+    with tempfile.TemporaryDirectory() as folder:
+        host = FakeHost(Path(folder))
+        for queue in (0, 1):
+            host.write(f"sys/class/net/eth0/queues/rx-{queue}/rps_cpus", "2")
+        if somebody:
+            host.write(somebody, "1234")
+        before, nic = tree_bytes(host.root), nic_state(host)
+        wanted = {key: ALL.get(key, 1) for key in keys}
+        with host.open() as access:
+            chosen = parse_settings(wanted, "eth0", access=access)
+            remembered = [*chosen, *collateral(chosen, host.open)]
+            record = {"settings": [{**setting.to_json(), "before": setting.read(access)} for setting in remembered]}
+            for setting in chosen[: round(share * len(chosen))]:
+                setting.write(access, setting.encode(setting.wanted or ""))
+        for _ in range(2):
+            report = RestoreReport()
+            restore_change(record, None, AccessCache(host.open), report)
+            assert report.ok
+            assert not report.gone
+            assert tree_bytes(host.root) == before
+            assert nic_state(host) == nic
 
 
 # -- owners that die. The children use a made-up tree, so no root is needed.

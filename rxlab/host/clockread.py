@@ -36,13 +36,18 @@ def read_clocks(when: str) -> dict[str, Any]:
         ``{"when", "mono_before", "real", "mono_after", "raw"}``: CLOCK_MONOTONIC, CLOCK_REALTIME, CLOCK_MONOTONIC, and
         CLOCK_MONOTONIC_RAW read right after, ns.
     """
-    gettime = time.clock_gettime_ns
+    gettime, clock_mono, clock_real, clock_raw = (
+        time.clock_gettime_ns,
+        _MONO,
+        _REAL,
+        _RAW,
+    )  # locals: the sandwich is narrower
     best: tuple[int, int, int, int] | None = None
     for _ in range(N_SANDWICHES):
-        mono_before = gettime(_MONO)
-        real = gettime(_REAL)
-        mono_after = gettime(_MONO)
-        raw = gettime(_RAW)
+        mono_before = gettime(clock_mono)
+        real = gettime(clock_real)
+        mono_after = gettime(clock_mono)
+        raw = gettime(clock_raw)
         if best is None or mono_after - mono_before < best[2] - best[0]:
             best = mono_before, real, mono_after, raw
     assert best is not None
