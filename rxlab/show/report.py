@@ -139,7 +139,7 @@ def _context(
         "comparison_words": answer.comparison_words,
         "workload_rows": _workload_rows(groups, metric),
         "hop_rows": _hop_rows(groups),
-        "cost_rows": _cost_rows(groups),
+        "cost_rows": cost_rows(groups),
         "figures": list(_figures(groups, pairs, metric)),
         "host": [(key, hide(value)) for key, value in _host_facts(runs[0])],
         "workload": [
@@ -216,7 +216,7 @@ def _hop_rows(groups: Mapping[str, Sequence[AnalysedRun]]) -> list[dict[str, Any
     return rows
 
 
-def _cost_rows(groups: Mapping[str, Sequence[AnalysedRun]]) -> list[dict[str, Any]]:
+def cost_rows(groups: Mapping[str, Sequence[AnalysedRun]]) -> list[dict[str, Any]]:
     """Return what a message cost the CPUs, from the kernel's counters, per configuration and arm."""
     rows = []
     for label, runs in groups.items():
