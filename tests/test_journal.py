@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rxlab.errors import HostSettingError
+from rxlab.host import journalfile
 from rxlab.host.access import HostAccess
 from rxlab.host.journal import apply, restore
 from rxlab.host.settings import collateral, parse_settings
@@ -441,6 +442,29 @@ def test_no_journal_no_change(host: FakeHost, tmp_path: Path) -> None:
         change(host, blocked / "x", {"busy_poll": 1}),
     ):
         pytest.fail("the block must not run")
+    assert tree_bytes(host.root) == before
+
+
+def test_a_full_disk_stops_before_the_first_write(
+    host: FakeHost, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, write = tree_bytes(host.root), os.write
+
+    def full(file: int, text: bytes) -> int:
+        return write(file, text[:10]) if b'"change"' in text else write(file, text)
+
+    with apply(allow_system_changes=True, journal_dir=folder, open_access=host.open) as transaction:
+        with host.open() as access:
+            chosen = parse_settings({"busy_poll": 1}, access=access)
+        with monkeypatch.context() as patch:
+            patch.setattr(journalfile.os, "write", full)
+            with pytest.raises(HostSettingError, match="journal cannot be written"), transaction.change(chosen):
+                pytest.fail("the block must not run")
+        assert tree_bytes(host.root) == before
+        (journal,) = folder.glob("*.journal")
+        assert [json.loads(line)["kind"] for line in journal.read_text().splitlines()] == ["header", "claim"]
+        with transaction.change(chosen):
+            assert host.read("proc/sys/net/core/busy_poll") == "1"
     assert tree_bytes(host.root) == before
 
 
