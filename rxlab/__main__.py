@@ -92,6 +92,7 @@ def capture(
     allow: Allow = False,
     yes_this_nic: YesNic = False,
     proto: Proto = "tcp",
+    family: Annotated[int, typer.Option(help="4 or 6: IPv4 or IPv6, on the testbed.")] = 4,
     messages: Messages = 20_000,
     size: Annotated[int, typer.Option(min=24, help="Bytes of a message.")] = 64,
     flows: Annotated[int, typer.Option(min=1, help="Connections of the built-in workload.")] = 1,
@@ -99,6 +100,10 @@ def capture(
     rate: Annotated[float, typer.Option(help="Messages per second and flow, open loop.")] = 2000.0,
     arrivals: Annotated[str, typer.Option(help="poisson or constant, open loop.")] = "poisson",
     remote: Remote = None,
+    server: Annotated[
+        str | None, typer.Option(help="With a command: its server, started on the captured side first.")
+    ] = None,
+    server_port: Annotated[int | None, typer.Option(help="The command starts when the server listens here.")] = None,
     as_json: Json = False,
 ) -> None:
     """Record one run: kernel events, packets, clocks, counters, host."""
@@ -116,10 +121,12 @@ def capture(
         workload=None
         if attach or command or (iface and not (testbed or remote))
         else {
-            "proto": proto, "messages": messages, "size": size, "flows": flows, "mode": mode, "rate": rate,
+            "proto": proto, "family": family, "messages": messages, "size": size, "flows": flows, "mode": mode, "rate": rate,
             "arrivals": arrivals, "remote": remote, "duration": duration if mode == "open" else None,
         },
         command=command or None,
+        server=server,
+        server_port=server_port,
         duration=duration,
         attach=attach,
         events=events,

@@ -7,6 +7,7 @@ imported where it is used.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -65,23 +66,35 @@ def record_run(
     allow_system_changes: bool = False,
     yes_this_nic: bool = False,
     workload: Mapping[str, Any] | None = None,
+    command: Sequence[str] | None = None,
+    server: str | None = None,
+    server_port: int | None = None,
     idle: str = "auto",
     **options: Any,
 ) -> Run:
     """Record one run, on the embedded testbed or on an interface, with settings applied and restored.
 
     Parameters are those of :func:`rxlab.record.capture.capture`, with `testbed` as a flag, `workload` as the fields of
-    :class:`rxlab.record.workload.Workload`, and `settings` as sysfs words (``{"rps_cpus": "0,2"}``).
+    :class:`rxlab.record.workload.Workload`, and `settings` as sysfs words (``{"rps_cpus": "0,2"}``). A `command` may have a
+    `server`, a command line started on the captured side first.
     """
     from rxlab.host.journal import apply
     from rxlab.host.settings import parse_settings
     from rxlab.record.capture import capture
     from rxlab.record.testbed import Testbed
-    from rxlab.record.workload import Workload
+    from rxlab.record.workload import Command, Workload
 
     if not testbed and not iface:
         raise UsageError("nothing to capture on", expected="--iface IF or --testbed")
-    traffic = Workload(**{key: value for key, value in workload.items() if value is not None}) if workload else None
+    if server and not command:
+        raise UsageError(
+            "--server goes with a command", do="Give the client after --, e.g. -- curl http://10.77.0.2:8080/."
+        )
+    traffic: Workload | Command | None = None
+    if command:
+        traffic = Command(list(command), shlex.split(server or ""), server_port)
+    elif workload:
+        traffic = Workload(**{key: value for key, value in workload.items() if value is not None})
     with ExitStack() as stack:
         journal = stack.enter_context(apply(allow_system_changes=allow_system_changes, yes_this_nic=yes_this_nic))
         bed = stack.enter_context(Testbed(gro=gro, registry=journal)) if testbed else None
