@@ -133,7 +133,7 @@ def test_an_open_loop_keeps_to_its_schedule_whatever_the_replies_do(tmp_path: Pa
 
 def test_a_stalled_server_does_not_delay_the_intended_times(tmp_path: Path) -> None:
     """Coordinated omission: while the server is stopped, messages stay due, and their latency shows the whole stall."""
-    load = Workload(mode="open", arrivals="constant", rate=500, messages=250, timeout=20, port=free_port())
+    load = Workload(mode="open", arrivals="constant", rate=500, messages=250, port=free_port())
     traffic = open_traffic(load, LOOPBACK, LOOPBACK, tmp_path)
     try:
         traffic.prepare()

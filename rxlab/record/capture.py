@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rxlab.errors import CaptureError, RxlabError, UsageError
-from rxlab.host.clockread import ClockSampler, read_clocks
+from rxlab.host.clockread import ClockSampler
 from rxlab.host.counters import difference, read_counters
 from rxlab.host.journal import Transaction, apply
 from rxlab.host.topology import local_identity, snapshot_host
@@ -57,6 +59,7 @@ class Session:
     perf: PerfRecorder | None = None
     traffic: Traffic | None = None
     stopped_early: list[str] = field(default_factory=list)
+    interrupts: list[int] = field(default_factory=list)
 
     def problem(self, text: str) -> None:
         """Note something that makes the run partial."""
@@ -160,8 +163,8 @@ def capture(
     folder = make_folder(Path(out))
     run = first_record(recording, dst, testbed, load, duration)
     run |= {"configuration": dict(configuration or {}), "sweep": dict(sweep) if sweep else None}
-    with apply() if transaction is None else nullcontext(transaction) as journal:
-        session = Session(folder, run, recording, dst, journal)
+    with apply() if transaction is None else nullcontext(transaction) as journal, noted_interrupts() as interrupts:
+        session = Session(folder, run, recording, dst, journal, interrupts=interrupts)
         session.save()
         try:
             record(session, sender_of(testbed, dst), load, duration, progress)
@@ -262,20 +265,34 @@ def record(
             start_recorders(session)
             session.run["start_ns"] = time.time_ns()
             session.save()
-            interrupted: BaseException | None = None
             try:
                 if load is not None:
                     session.traffic = open_traffic(load, src, dst, out, session.transaction.start_process)
                 run_traffic(session, duration, progress)
-            except KeyboardInterrupt as error:
-                interrupted = error
-                session.stopped_early.append("interrupted")
             finally:
                 session.run["stop_ns"] = time.time_ns()
                 stop_recorders(session)
     conclude(session)
-    if interrupted is not None:
-        raise interrupted
+
+
+@contextmanager
+def noted_interrupts() -> Iterator[list[int]]:
+    """Note Ctrl-C instead of raising it anywhere; raise it at the end of the block.
+
+    A KeyboardInterrupt in the middle of starting or stopping perf and tcpdump would leave a run that cannot say what it is.
+    """
+    noted: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield noted
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if noted:
+            before(noted[0], None)
 
 
 @contextmanager
@@ -294,14 +311,12 @@ def counted(session: Session) -> Iterator[None]:
 @contextmanager
 def clocked(session: Session) -> Iterator[None]:
     """Read the clocks before, ten times a second during, and after."""
-    readings = [read_clocks("before")]
     sampler = ClockSampler()
     try:
         with sampler:
             yield
     finally:
-        readings = [*readings, *sampler.readings, read_clocks("after")]
-        keep(session, CLOCK_JSON, {"readings": readings})
+        keep(session, CLOCK_JSON, sampler.to_json())
 
 
 def keep(session: Session, name: str, content: dict[str, Any]) -> None:
@@ -357,7 +372,7 @@ def run_traffic(session: Session, duration: float | None, progress: Callable[[fl
                     return
             else:
                 time.sleep(step)
-            if limit := limit_reached(session):
+            if limit := "interrupted" if session.interrupts else limit_reached(session):
                 session.stopped_early.append(limit)
                 return
             if progress is not None:

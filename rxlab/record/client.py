@@ -31,6 +31,7 @@ MESSAGE_HEADER = struct.Struct("<Iiqq")  # magic, flow, seq, intended send time
 CLIENT_LOG_STRUCT = struct.Struct("<qqqqii")  # intended, sent, replied, seq, flow, size
 END_SEQ = -1  # seq of the datagram that ends a UDP flow
 END_TRIES = 20
+STREAM_PATIENCE = 60.0
 LOG_CHUNK = 1 << 16  # records
 PR_SET_PDEATHSIG = 1
 
@@ -97,13 +98,18 @@ def settle(cpu: int | None) -> None:
     gc.disable()
 
 
+def patience(options: argparse.Namespace) -> float:
+    """Return how many seconds to wait for a reply. A stream loses none, so there only a dead peer is given up."""
+    return max(options.timeout, STREAM_PATIENCE) if options.proto == "tcp" else options.timeout
+
+
 def connect(options: argparse.Namespace, flow: int) -> socket.socket:
     """Open the socket of one flow. UDP flow `i` goes to port + i, TCP flows share the port."""
     kind = socket.SOCK_STREAM if options.proto == "tcp" else socket.SOCK_DGRAM
     port = options.port if options.proto == "tcp" else options.port + flow
     family, _, _, _, address = socket.getaddrinfo(options.address, port, type=kind)[0]
     sock = socket.socket(family, kind)
-    seconds, fraction = divmod(options.timeout, 1)
+    seconds, fraction = divmod(patience(options), 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", int(seconds), int(fraction * 1e6)))
     sock.connect(address)
     if options.proto == "tcp":
@@ -128,7 +134,10 @@ def closed_loop(sock: socket.socket, options: argparse.Namespace, flow: int, log
 
 def receive_stream(sock: socket.socket, reply: bytearray, seq: int) -> int:
     """Wait for one whole reply on a TCP connection and return the time it was complete."""
-    got = sock.recv_into(reply, len(reply), socket.MSG_WAITALL)
+    try:
+        got = sock.recv_into(reply, len(reply), socket.MSG_WAITALL)
+    except BlockingIOError:
+        raise ConnectionError(f"no reply to message {seq} came") from None
     arrived = now()
     if got != len(reply):
         raise ConnectionError(f"the server closed the connection in the reply to message {seq}")
@@ -195,7 +204,7 @@ class Replies:
     def __init__(self, sock: socket.socket, options: argparse.Namespace, sending: Outgoing) -> None:
         self._sock, self._sending = sock, sending
         self._stream = options.proto == "tcp"
-        self._size, self._timeout = options.reply_size, options.timeout
+        self._size, self._timeout = options.reply_size, patience(options)
         self._buffer = bytearray(1 << 16)
         self._bytes = self._n_replied = 0
 

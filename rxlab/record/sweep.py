@@ -10,7 +10,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from rxlab.errors import UsageError
 from rxlab.host.access import HostAccess
 from rxlab.host.journal import Transaction, apply
 from rxlab.host.settings import check_keys, parse_settings
+from rxlab.host.undo import interrupt_later
 from rxlab.record.capture import capture
 from rxlab.record.recording import ARM_OF
 from rxlab.record.testbed import Testbed
@@ -188,9 +189,11 @@ def record_cell(
 ) -> RunDir:
     """Apply one cell's settings, record it, and restore."""
     settings, changes, recording = split_configuration(cell.configuration)
-    with HostAccess(netns) as access:
-        parsed = parse_settings(settings, iface, netns, access=access)
-    with journal.change(parsed):
+    with ExitStack() as stack:
+        with interrupt_later():
+            with HostAccess(netns) as access:
+                parsed = parse_settings(settings, iface, netns, access=access)
+            stack.enter_context(journal.change(parsed))
         return capture(
             path,
             iface=iface,

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from rxlab.errors import CaptureError
+from rxlab.host.undo import interrupt_later
 
 NETNS_FOLDER = Path("/run/netns")
 
@@ -124,7 +125,8 @@ class Testbed:
         if shutil.which("ip") is None:
             raise CaptureError("the testbed needs the 'ip' command", do="Install iproute2: apt install iproute2.")
         try:
-            self._build()
+            with interrupt_later():
+                self._build()
         except BaseException:
             self.close()
             raise
@@ -181,16 +183,20 @@ class Testbed:
 
     def close(self) -> None:
         """Remove both namespaces and with them the veth pair. Safe to call twice."""
-        for end in (self.src, self.dst):
-            if end.netns is not None and (NETNS_FOLDER / end.netns).exists():
-                if self._registry is not None:
-                    self._registry.leave_namespaces()
-                self._run(["ip", "netns", "del", end.netns])
+        with interrupt_later():
+            for end in (self.src, self.dst):
+                if end.netns is not None and (NETNS_FOLDER / end.netns).exists():
+                    if self._registry is not None:
+                        self._registry.leave_namespaces()
+                    self._run(["ip", "netns", "del", end.netns])
 
 
 def run_checked(argv: Sequence[str], *, stdin: str | None = None, environment: Mapping[str, str] | None = None) -> str:
     """Run a command that must succeed and return its standard output."""
-    finished = subprocess.run(argv, input=stdin, capture_output=True, text=True, check=False, env=environment)
+    # A session of its own: Ctrl-C at the terminal reaches this process alone, not a command half done.
+    finished = subprocess.run(
+        argv, input=stdin, capture_output=True, text=True, check=False, env=environment, start_new_session=True
+    )
     if finished.returncode != 0:
         raise CaptureError(
             "a command of the testbed failed",

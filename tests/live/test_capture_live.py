@@ -149,11 +149,16 @@ def test_rps_is_in_force_while_it_is_recorded_and_gone_afterwards(
     settings = parse_settings({"rps_cpus": "1"}, testbed.dst.iface, testbed.dst.netns)
     with journal.change(settings):
         run = capture(
-            tmp_path / "run", testbed=testbed, workload=Workload(messages=500), transaction=journal
-        )  # fmt: skip
+            tmp_path / "run",
+            testbed=testbed,
+            workload=Workload(messages=500),
+            configuration={"rps_cpus": "1"},
+            transaction=journal,
+        )
     assert_complete(run)
     received = [entry["received_rps"] for entry in run.json(rundir.COUNTERS_JSON)["difference"]["softnet_stat"]]
     assert sum(received) >= 500, "the kernel's own count of packets that RPS moved"
+    assert run.run["got"]["settings"] == {f"rps_cpus@{testbed.dst.iface}/rx-0": "1"}
     queue = run.json(rundir.HOST_JSON)["ifaces"][testbed.dst.iface]["queues"][0]
     assert queue["rps_cpus"] == "1"
     after = run_checked(testbed.dst.command(["cat", f"/sys/class/net/{testbed.dst.iface}/queues/rx-0/rps_cpus"]))
