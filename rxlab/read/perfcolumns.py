@@ -147,7 +147,7 @@ def gather_columns(
     arrays = [
         view_column(arena, base, plan, int(counts[number])) for (number, plan), base in zip(flat, bases, strict=True)
     ]
-    categories = merge_dictionaries(dictionaries, flat, arrays)
+    categories = merge_dictionaries(dictionaries, flat, arrays, big=perf.big)
     columns: dict[str, Columns] = {}
     for number in numbers:
         rows = slice(int(index.rows[number]), int(index.rows[number + 1]))
@@ -254,7 +254,7 @@ def view_column(arena: np.ndarray, base: int, plan: ColumnPlan, count: int) -> n
 
 
 def merge_dictionaries(
-    dictionaries: list[Dictionary], flat: list[tuple[int, ColumnPlan]], arrays: list[np.ndarray]
+    dictionaries: list[Dictionary], flat: list[tuple[int, ColumnPlan]], arrays: list[np.ndarray], *, big: bool
 ) -> dict[tuple[int, str], list]:
     """Give the threads' codes one meaning: sorted categories by (event, column); rewrites the code columns."""
     found = [dictionary.entries() for dictionary in dictionaries]
@@ -271,13 +271,15 @@ def merge_dictionaries(
                 if field == number:
                     final[thread, entry] = codes[raw]
         pg.remap_codes(arrays[number], final)
-        categories[(owner, plan.name)] = [category(raw, plan.field) for raw in values]
+        categories[(owner, plan.name)] = [category(raw, plan.field, big=big) for raw in values]
     return categories
 
 
-def category(raw: bytes, item: tracefmt.Field) -> Any:
+def category(raw: bytes, item: tracefmt.Field, *, big: bool) -> Any:
     """Return the value of a variable field: text, or a tuple of integers."""
     if item.is_text:
         return raw.decode("utf-8", "backslashreplace")
     whole = len(raw) // item.itemsize * item.itemsize
-    return tuple(np.frombuffer(raw[:whole], f"{'i' if item.signed else 'u'}{item.itemsize}").tolist())
+    return tuple(
+        np.frombuffer(raw[:whole], f"{'>' if big else '<'}{'i' if item.signed else 'u'}{item.itemsize}").tolist()
+    )
