@@ -6,6 +6,7 @@ fields of all events are decoded: each column is summed, which no lazy reader su
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -35,10 +36,9 @@ def bench(runner: pyperf.Runner, kind: str, path: Path, code: str, peer: list[st
 
 
 def main() -> None:
-    """Run the benchmarks of the files that the run directory has."""
+    """Run the benchmarks of the files that the run directory `RUN` has."""
     runner = pyperf.Runner()
-    runner.argparser.add_argument("--run", type=Path, required=True, help="run directory")
-    run = runner.parse_args().run
+    run = Path(os.environ["RUN"])
     perf, pcap = run / "perf.data", run / "rx.pcap"
     if perf.is_file():
         peer = ["perf", "script", "-F", "comm,tid,cpu,time,event,trace", "--ns", "-i", str(perf)]

@@ -7,7 +7,6 @@ import sys
 import pyperf
 
 runner = pyperf.Runner()
-runner.argparser.add_argument("--run", help="not needed here; every script of this folder takes it")
 runner.bench_command("start: python -c pass", [sys.executable, "-c", "pass"])
 runner.bench_command("start: import rxlab", [sys.executable, "-c", "import rxlab"])
 runner.bench_command("start: rxlab --help", [sys.executable, "-m", "rxlab", "--help"])
