@@ -201,7 +201,7 @@ def _explain(pair: Pair) -> list[str]:
     order = np.argsort(-np.abs(explanation["difference"].values))[:3]
     parts = [f"{explanation['hop'].values[i]} {_signed(float(explanation['difference'].values[i]))}" for i in order]
     lines = [
-        f"Explanation from the traced runs: the median packet takes {_signed(total)} from the first kernel stage to recvmsg; the hops that carry most of it are {', '.join(parts)}."
+        f"Explanation from the traced runs: the median packet takes {microseconds(abs(total))} {'longer' if total > 0 else 'less'} from the first kernel stage to recvmsg; the hops that carry most of it are {', '.join(parts)}."
     ]
     if pair.untraced:
         lines.append(_agreement(pair.untraced[0], pair.traced[0]))
