@@ -17,21 +17,36 @@ def blind_windows(events: Mapping[str, Columns]) -> np.ndarray:
     """Find the windows in which perf delivered nothing on a CPU, without a LOST record.
 
     On each CPU the task a ``sched_switch`` switches away from must be the one the previous switch chose; each break brackets a
-    window in which switches happened unseen (alignment.md 5.3).
+    window in which switches happened unseen. Seen on Linux 6.18: whole tasks are blind, every entry of them breaks the chain
+    and none of any other task; the kernel keeps perf's recursion counters in the task (task_struct.perf_recursion, since
+    6.11), where a leaked count would do just that.
 
     Returns
     -------
-    int64 array, dims (window, 3)
-        CPU, first and last instant in nanoseconds of CLOCK_MONOTONIC.
+    int64 array, dims (window, 4)
+        CPU, tid of the task entered, first and last instant in nanoseconds of CLOCK_MONOTONIC.
     """
     switch = event_columns(events, "sched:sched_switch")
     if not switch.n:
-        return np.empty((0, 3), np.int64)
+        return np.empty((0, 4), np.int64)
     order = np.lexsort((switch["rank"], switch["cpu"]))
     cpu, time = switch["cpu"][order], switch["time"][order]
     broken = (cpu[1:] == cpu[:-1]) & (switch["prev_pid"][order][1:] != switch["next_pid"][order][:-1])
     at = np.flatnonzero(broken)
-    return np.stack([cpu[at].astype(np.int64), time[at], time[at + 1]], axis=1)
+    entered = switch["next_pid"][order][at].astype(np.int64)
+    return np.stack([cpu[at].astype(np.int64), entered, time[at], time[at + 1]], axis=1)
+
+
+def blind_tasks(events: Mapping[str, Columns], windows: np.ndarray) -> dict[str, int]:
+    """Return the names of the tasks whose running hid events, with the number of windows each opened."""
+    switch = event_columns(events, "sched:sched_switch")
+    tids, counts = np.unique(windows[:, 1], return_counts=True)
+    tasks: dict[str, int] = {}
+    for tid, count in zip(tids.tolist(), counts.tolist(), strict=True):
+        row = int(np.argmax(switch["next_pid"] == tid))
+        comm = bytes(switch["next_comm"][row]).split(b"\0")[0].decode("utf-8", "replace")
+        tasks[comm] = tasks.get(comm, 0) + count
+    return dict(sorted(tasks.items(), key=lambda item: -item[1]))
 
 
 def inside_windows(time: np.ndarray, windows: np.ndarray, before_ns: int, after_ns: int) -> np.ndarray:

@@ -562,7 +562,12 @@ def _gate(
         "anchors": _violations(int(taken.anchors_disagree.sum())),
         "bytes": gates.byte_sums(columns["flow"], consumed, columns["proto"] == TCP, taken.bytes_copied),
         "lost": {"ok": lost == 0, "violations": lost},
-        "blind": {"ok": True, "violations": len(windows), "window_ns": int((windows[:, 2] - windows[:, 1]).sum())},
+        "blind": {
+            "ok": True,
+            "violations": len(windows),
+            "window_ns": int((windows[:, 3] - windows[:, 2]).sum()),
+            "tasks": gates.blind_tasks(events, windows),
+        },
         "flagged": {"ok": fraction <= MAX_FLAGGED, "violations": int(flagged.sum()), "fraction": fraction},
     }
     if not n:
