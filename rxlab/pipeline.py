@@ -210,6 +210,12 @@ def compare(
         raise UsageError(
             "nothing to compare on" if not iface else "two places to compare on", expected="--iface IF or --testbed"
         )
+    if iface not in (None, "lo") and not command and not (workload or {}).get("remote"):
+        raise UsageError(
+            "no traffic would cross the interface: a local client talks to itself over lo",
+            where=f"--iface {iface}",
+            expected="a command after --, or --remote ssh:HOST",
+        )
     return experiment(
         Path(out),
         [{}, dict(settings)],

@@ -19,7 +19,7 @@ def blind_windows(events: Mapping[str, Columns]) -> np.ndarray:
     On each CPU the task a ``sched_switch`` switches away from must be the one the previous switch chose; each break brackets a
     window in which switches happened unseen. Seen on Linux 6.18: whole tasks are blind, every entry of them breaks the chain
     and none of any other task; the kernel keeps perf's recursion counters in the task (task_struct.perf_recursion, since
-    6.11), where a leaked count would do just that.
+    6.11), where a count that leaked would do just that (not proven).
 
     Returns
     -------
