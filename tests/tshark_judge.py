@@ -22,7 +22,7 @@ _FRAME = (
     "eth.dst",
     "vlan.id",
 )
-_IP = ("ip.src", "ip.dst", "ip.ttl", "ip.id", "ip.proto", "ip.len", "ip.frag_offset", "ip.flags.mf")
+_IP = ("ip.src", "ip.dst", "ip.ttl", "ip.id", "ip.proto", "ip.len", "ip.hdr_len", "ip.frag_offset", "ip.flags.mf")
 _IPV6 = ("ipv6.src", "ipv6.dst", "ipv6.hlim", "ipv6.plen")
 _TCP = (
     "tcp.srcport",
@@ -155,7 +155,8 @@ def _udp_pairs(packets: Columns, i: int, row: dict[str, list[str]]) -> list[tupl
     pairs: list[tuple[str, object, object]] = []
     for ours, theirs in (("sport", "udp.srcport"), ("dport", "udp.dstport")):
         pairs.append((ours, int(packets[ours][i]), _number(row, theirs) or 0))
-    length, room = _number(row, "udp.length"), max(_number(row, "ip.len") or 0, _number(row, "ipv6.plen") or 0)
+    length = _number(row, "udp.length")
+    room = max((_number(row, "ip.len") or 0) - (_number(row, "ip.hdr_len") or 0), _number(row, "ipv6.plen") or 0)
     is_a_lie = length is None or length < 8 or length > room
     return pairs + _payload_pairs(packets, i, None if is_a_lie else length - 8)
 

@@ -170,13 +170,13 @@ class _Piece:
 def _pieces(
     reader: ClassicReader | PcapngReader, where: str, compression: str, chunks: int | None
 ) -> Iterator[Columns]:
-    flows, more = FlowTable(), True
+    flows, more, packets = FlowTable(), True, 0
     while more:
         # One row more than there are packets: the walk then ends by the file's end and not by a full piece.
         piece = _Piece(reader.count() + 1 if chunks is None else chunks)
         more = _fill(piece, reader, flows) and chunks is not None
-        if flows.n == 0:
-            _refuse_empty_ruin(reader, where, piece.n)
+        packets += piece.n
+        _refuse_empty_ruin(reader, where, packets)
         attrs = {"file": where, "compression": compression, **reader.attrs(), "flows": flows.n}
         yield piece.columns(attrs)
 
