@@ -65,15 +65,16 @@ def test_cells_are_short(notebook):
         assert len(cell.source.splitlines()) <= LONGEST_CELL, cell.source[:80]
 
 
-def _execute(path: Path, folder: Path, **parameters) -> nbformat.NotebookNode:
-    """Execute a notebook as papermill does: the given parameters in a cell after the tagged one."""
+def _execute(path: Path, scratch: Path, **parameters) -> nbformat.NotebookNode:
+    """Execute a notebook as papermill does: the given parameters in a cell after the tagged one; its files go to `scratch`."""
     notebook = nbformat.read(path, as_version=4)
     where = notebook.cells.index(_parameters(notebook)) + 1
     injected = nbformat.v4.new_code_cell("\n".join(f"{name} = {value!r}" for name, value in parameters.items()))
     notebook.cells.insert(where, injected)
-    NotebookClient(
-        notebook, timeout=TIMEOUT, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
-    ).execute()
+    client = NotebookClient(
+        notebook, timeout=TIMEOUT, kernel_name="python3", resources={"metadata": {"path": str(scratch)}}
+    )
+    client.execute(env={**os.environ, "TMPDIR": str(scratch)})
     return notebook
 
 
@@ -112,7 +113,7 @@ def _recorded(path: Path, tmp_path: Path) -> dict:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs_on_recorded_data_and_answers(path, tmp_path):
-    done = _execute(path, FOLDER, **_recorded(path, tmp_path))
+    done = _execute(path, tmp_path, **_recorded(path, tmp_path))
     text = _answer(done)
     assert text.startswith("**Answer:**")
     assert re.search(r"\d", text)
@@ -121,7 +122,7 @@ def test_notebook_runs_on_recorded_data_and_answers(path, tmp_path):
 
 def test_the_curl_story_shows_its_request_line_and_kernel_functions(tmp_path):
     path = FOLDER / "01_one_packet.ipynb"
-    done = _execute(path, FOLDER, **_recorded(path, tmp_path))
+    done = _execute(path, tmp_path, **_recorded(path, tmp_path))
     printed = "".join(
         output.get("text", "") for cell in done.cells if cell.cell_type == "code" for output in cell.outputs
     )
