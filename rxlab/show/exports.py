@@ -1,0 +1,108 @@
+"""Runs for other tools: pyperf suites, Parquet and CSV tables."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyperf
+import xarray as xr
+
+from rxlab.dataset import schema, stats
+from rxlab.errors import RxlabError, UsageError
+from rxlab.show.answer import METRICS
+from rxlab.show.trust import AnalysedRun
+
+# pyperf keeps every value as JSON text; its estimators need no more than this many of a run.
+MAX_VALUES = 10_000
+
+
+def to_pyperf(runs: Sequence[Any], path: str | os.PathLike[str], *, hops: Sequence[str] = ("total_latency",)) -> Path:
+    """Write the latencies of the repetitions of one configuration as a pyperf suite.
+
+    ``python -m pyperf compare_to A.json B.json``, ``hist`` and ``stats`` read it. One benchmark per workload latency and per
+    hop, one pyperf run per repetition, values in seconds; of more than 10,000 packets evenly spaced ones are taken.
+
+    Parameters
+    ----------
+    runs : sequence of rxlab.Run
+    hops : sequence of str
+        Labels of the coordinate ``hop``; traced runs only.
+    """
+    analysed = [AnalysedRun.of(run) for run in runs]
+    benchmarks = []
+    for name in (*METRICS, *hops):
+        series = [(run, values) for run in analysed if (values := _latencies(run, name)) is not None and len(values)]
+        if series:
+            benchmarks.append(pyperf.Benchmark([_pyperf_run(name, run, values) for run, values in series]))
+    if not benchmarks:
+        raise RxlabError("nothing to export", found="no latencies in these runs", expected=", ".join((*METRICS, *hops)))
+    target = Path(path)
+    pyperf.BenchmarkSuite(benchmarks).dump(str(target), replace=True)
+    return target
+
+
+def _latencies(run: AnalysedRun, name: str) -> np.ndarray | None:
+    if name in METRICS:
+        return run.workload_latency(name)
+    return stats.hop_values(run.tree, name) if run.is_traced else None
+
+
+def _pyperf_run(name: str, run: AnalysedRun, values: np.ndarray) -> pyperf.Run:
+    spaced = values[np.linspace(0, len(values) - 1, min(len(values), MAX_VALUES)).astype(np.int64)]
+    # A backward hop is no duration; pyperf refuses it.
+    seconds = [float(value) / 1e9 for value in spaced if value > 0]
+    metadata: Mapping[str, Any] = {
+        "name": name,
+        "unit": "second",
+        "description": json.dumps(run.run.get("configuration") or {}, sort_keys=True),
+    }
+    return pyperf.Run(seconds, metadata=dict(metadata), collect_metadata=False)
+
+
+def packet_frame(tree: xr.DataTree) -> pd.DataFrame:
+    """Return one row per packet: /packets variables, codes as words, ``<stage>_time`` (ns of CLOCK_REALTIME; empty: not seen), ``<hop>_ns``."""
+    packets, hops = tree["packets"].to_dataset(), tree["hops"].to_dataset()
+    columns: dict[str, Any] = {}
+    for name, array in packets.data_vars.items():
+        if array.dims != ("packet",):
+            continue
+        if "flag_values" in array.attrs:
+            words = schema.meanings(array)
+            columns[str(name)] = pd.Categorical.from_codes(*_dense_codes(array.values, words))
+        else:
+            columns[str(name)] = array.values
+    for index, stage in enumerate(packets["stage"].values):
+        columns[f"{stage}_time"] = packets["time"].values[:, index]
+    for index, hop in enumerate(hops["hop"].values):
+        columns[f"{hop}_ns"] = hops["latency"].values[:, index]
+    return pd.DataFrame(columns)
+
+
+def _dense_codes(values: np.ndarray, words: Mapping[int, str]) -> tuple[np.ndarray, list[str]]:
+    """Return codes from 0 and their words in that order; a code without a word is missing (-1)."""
+    codes = np.full(len(values), -1, np.int64)
+    for position, code in enumerate(words):
+        codes[values == code] = position
+    return codes, list(words.values())
+
+
+def to_table(tree: xr.DataTree, path: str | os.PathLike[str]) -> Path:
+    """Write the packets of a run as Parquet or CSV, by the file's suffix."""
+    target = Path(path)
+    if "packets" not in tree.children:
+        raise RxlabError("nothing to export", found="a run without trace", expected="a traced run")
+    if target.suffix == ".parquet":
+        packet_frame(tree).to_parquet(target)
+    elif target.suffix == ".csv":
+        packet_frame(tree).to_csv(target, index=False)
+    else:
+        raise UsageError(
+            "unknown table format", where=str(target), found=target.suffix or "no suffix", expected=".parquet or .csv"
+        )
+    return target
