@@ -59,7 +59,7 @@ class PerfData:
         if self._whole is None:
             source = self._source
             samples = perfindex.read_samples(source.perf, source.tables, threads=source.threads)
-            self._whole = perfindex.build_index(source.perf, samples)
+            self._whole = perfindex.build_index(source.perf, samples, threads=source.threads)
         return self._whole
 
     def _names(self) -> list[str]:
@@ -290,7 +290,8 @@ def read_perfdata(
     source = Source(perf, tables, wanted, chunks, max(1, min(threads, 16)))
     index = None
     if chunks is None:
-        index = perfindex.build_index(perf, perfindex.read_samples(perf, tables, threads=source.threads))
+        samples = perfindex.read_samples(perf, tables, threads=source.threads)
+        index = perfindex.build_index(perf, samples, threads=source.threads)
     counts = source.summary().counts if index is None else count_index(index)
     return PerfData(source, index, describe(perf, counts), read_lost(perf))
 

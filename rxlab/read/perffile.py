@@ -323,8 +323,11 @@ def scan_segment(segment: Segment, big: bool) -> None:
     segment.other_types = other_types[: state[rec.S_OTHERS]].copy()
 
 
-def read_other_records(perf: PerfFile, segment: Segment) -> None:
-    """Take attributes, features, formats, names and compressed bytes from the records that are no samples."""
+def read_other_records(perf: PerfFile, segment: Segment, *, unpack: bool = True) -> None:
+    """Take attributes, features, formats, names and compressed bytes from the records that are no samples.
+
+    Unpacked bytes are not unpacked again: perf compresses once, and a stream that holds itself would never end.
+    """
     unpacker = Unpacker(perf.big)
     wanted = np.isin(segment.other_types, [rec.RECORD_COMPRESSED, rec.RECORD_COMPRESSED2, *HANDLERS])
     for at, kind in zip(segment.other_starts[wanted].tolist(), segment.other_types[wanted].tolist(), strict=True):
@@ -333,13 +336,13 @@ def read_other_records(perf: PerfFile, segment: Segment) -> None:
             unpacker.add(segment.buffer, at, kind, size)
         else:
             HANDLERS[kind](perf, segment.buffer[at : at + size].tobytes(), segment, at)
-    if unpacker.n_records:
+    if unpacker.n_records and unpack:
         unpacked, problem = unpacker.unpack(perf.features.get(HEADER_COMPRESSED))
         if problem:
             perf.damaged(f"{segment.name}: {problem}")
         inner = Segment(unpacked, 0, unpacked.size, f"{segment.name} (unpacked)")
         add_segment(perf, inner)
-        read_other_records(perf, inner)
+        read_other_records(perf, inner, unpack=False)
 
 
 def _on_attr(perf: PerfFile, record: bytes, segment: Segment, at: int) -> None:

@@ -169,7 +169,7 @@ def run_all(function, jobs: Iterable, threads: int) -> list:
         return list(pool.map(function, jobs))
 
 
-def order_samples(samples: Samples, n_known: int) -> np.ndarray:
+def order_samples(samples: Samples, n_known: int, threads: int) -> np.ndarray:
     """Return the numbers of the known samples in the order (time, cpu, file position)."""
     if n_known == 0:
         return np.empty(0, np.int32)
@@ -180,30 +180,41 @@ def order_samples(samples: Samples, n_known: int) -> np.ndarray:
     firsts = np.zeros(highest - lowest + 2, np.int64)
     rows = np.empty(n_known, np.int32)
     rec.split_by_cpu(samples.cpu, samples.event, lowest, firsts, rows)
-    for first, last in zip(firsts[:-1].tolist(), firsts[1:].tolist(), strict=True):
-        group = rows[first:last]
+
+    def sort_group(group: np.ndarray) -> None:
         # Ring buffers are in time order but for a few samples taken in interrupts; a per-thread recording is not.
-        if group.size and not rec.sort_nearly_sorted(samples.time, group, 4 * group.size + 1024):
+        if not rec.sort_nearly_sorted(samples.time, group, 4 * group.size + 1024):
             group.sort()
             group[:] = group[np.argsort(samples.time[group], kind="stable")]
+
+    groups_of_rows = (rows[first:last] for first, last in zip(firsts[:-1].tolist(), firsts[1:].tolist(), strict=True))
+    run_all(sort_group, [group for group in groups_of_rows if group.size], threads)
     order = np.empty(n_known, np.int32)
     rec.merge_cpus(samples.time, rows, firsts, order)
     return order
 
 
-def build_index(perf: PerfFile, samples: Samples, *, first_rank: int = 0) -> Index:
+def drop_duplicates(perf: PerfFile, samples: Samples, order: np.ndarray, threads: int) -> int:
+    """Mark samples whose record repeats one just before it, see ``perfrecords.mark_duplicates``; return how many."""
+    columns = (samples.time, samples.cpu, samples.event, samples.start)
+    edges = [order.size * part // threads for part in range(threads + 1)]
+    jobs = [
+        (segment.buffer, perf.order, (low, high), span, order, columns)
+        for segment, low, high in zip(perf.segments, samples.firsts[:-1], samples.firsts[1:], strict=True)
+        for span in zip(edges[:-1], edges[1:], strict=True)
+        if high > low
+    ]
+    return sum(run_all(lambda job: rec.mark_duplicates(*job), jobs, threads))
+
+
+def build_index(perf: PerfFile, samples: Samples, *, first_rank: int = 0, threads: int = 2) -> Index:
     """Order samples, drop exact duplicates and give each its row."""
     n_events = len(perf.events.names)
     counts = np.zeros(n_events + 2, np.int64)
     rec.count_events(samples.event, counts)
     unknown = int(counts[1])
-    order = order_samples(samples, samples.event.size - unknown)
-    duplicates = 0
-    for segment, low, high in zip(perf.segments, samples.firsts[:-1], samples.firsts[1:], strict=True):
-        if high > low:
-            duplicates += rec.mark_duplicates(
-                segment.buffer, perf.order, low, high, order, samples.time, samples.cpu, samples.event, samples.start
-            )
+    order = order_samples(samples, samples.event.size - unknown, threads)
+    duplicates = drop_duplicates(perf, samples, order, threads)
     if duplicates:
         counts[:] = 0
         rec.count_events(samples.event, counts)

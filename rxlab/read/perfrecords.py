@@ -306,21 +306,32 @@ def merge_cpus(time, rows, firsts, order):
 
 
 @jit
-def mark_duplicates(buffer, big, lowest_row, highest_row, order, time, cpu, event, start):
+def mark_duplicates(buffer, big, rows, span, order, samples):
     """Set ``event`` to -2 for each sample whose record repeats, byte for byte, one just before it in order; count them.
 
     Only neighbours of equal time and CPU are compared, at most 16 of them: a run of ties longer than that is no recording.
+    Threads may work on parts of `order`: whichever of three equal records is marked first, one remains.
+
+    Parameters
+    ----------
+    rows : tuple of int
+        First sample in `buffer` and the one after its last.
+    span : tuple of int
+        Part of `order` to look at.
+    samples : tuple of arrays, dims (sample,)
+        time, cpu, event, start.
     """
+    time, cpu, event, start = samples
     found = 0
-    for i in range(1, order.size):
+    for i in range(max(1, span[0]), span[1]):
         row = order[i]
-        if row < lowest_row or row >= highest_row or time[row] == -1:
+        if row < rows[0] or row >= rows[1] or time[row] == -1:
             continue
         for back in range(1, min(16, i) + 1):
             other = order[i - back]
             if time[other] != time[row] or cpu[other] != cpu[row]:
                 break
-            if other < lowest_row or other >= highest_row or event[other] != event[row] or start[other] == start[row]:
+            if other < rows[0] or other >= rows[1] or event[other] != event[row] or start[other] == start[row]:
                 continue
             if same_bytes(buffer, start[row], start[other], big):
                 event[row] = -2

@@ -133,6 +133,6 @@ def iterate_windows(
             samples = cut_window(whole, start_ns, end_ns)
         else:
             samples = read_window(perf, tables, summary, (start_ns, end_ns), threads=threads)
-        index = build_index(perf, samples, first_rank=rank)
+        index = build_index(perf, samples, first_rank=rank, threads=threads)
         rank += index.time.size
         yield index

@@ -1,0 +1,181 @@
+"""What reading a perf.data file costs here and elsewhere, on the same file in the same run.
+
+    python tests/bench/bench_perfdata.py FILE [--runs 3] [--no-script] [--python-script]
+
+Each row is a whole process (interpreter, imports, work) with compiled kernels cached, unless it says "in a running kernel".
+rxlab decodes every field of every tracepoint and sums every column; the sums of the fields that perf's text shows plainly
+are compared with the peer's. Wall and CPU seconds are minima over the runs: the machine may be shared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+READ = """
+import json, sys, time
+from rxlab.read.perfdata import read_perfdata
+import numpy as np
+def status(key):
+    return int(open("/proc/self/status").read().split(key + ":")[1].split()[0]) * 1024
+def total(array):
+    return int(array.view(np.uint8).sum(dtype=np.uint64)) if array.dtype.kind == "S" else int(array.sum(dtype=np.int64 if array.dtype.kind == "i" else np.uint64))
+def go():
+    begin = time.perf_counter()
+    perf = read_perfdata(sys.argv[1], threads=int(sys.argv[2])).load()
+    loaded = time.perf_counter() - begin
+    sums = {event: {name: total(array) for name, array in columns.items()} for event, columns in perf.events.items()}
+    return perf, sums, loaded
+rest = status("RssAnon")
+perf, sums, first = go()
+held = sum(array.nbytes for columns in perf.events.values() for array in columns.values())
+out = {"samples": perf.meta["samples"], "sums": sums, "first": first, "columns": held, "anon": status("RssAnon") - rest}
+del perf
+out["again"] = []
+for _ in range(int(sys.argv[3])):
+    perf, _, seconds = go()
+    out["again"].append(seconds)
+    del perf
+print(json.dumps(out))
+"""
+
+CHUNKS = """
+import json, sys
+from rxlab.read.perfdata import read_perfdata
+peak = 0
+for part in read_perfdata(sys.argv[1], chunks=500_000).iter_chunks():
+    part.load()
+    peak = max(peak, int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0]) * 1024)
+print(json.dumps({"anon": peak}))
+"""
+
+# One dict per sample, as a user of perf's own Python would keep them.
+PERF_PYTHON = """
+rows = []
+def trace_unhandled(name, context, fields, sample):
+    rows.append((name, fields))
+"""
+
+# (event, pattern of the value in the line): fields whose text is a plain number.
+SUMMED = {
+    ("net:netif_rx", "len"): r"net:netif_rx: .*\blen=(\d+)",
+    ("net:netif_receive_skb", "len"): r"net:netif_receive_skb: .*\blen=(\d+)",
+    ("sched:sched_switch", "next_pid"): r"sched:sched_switch: .*\bnext_pid=(\d+)",
+    ("sched:sched_waking", "field_pid"): r"sched:sched_waking: .*\bpid=(\d+)",
+    ("tcp:tcp_probe", "snd_nxt"): r"tcp:tcp_probe: .*\bsnd_nxt=(0x[0-9a-f]+)",
+    ("skb:skb_copy_datagram_iovec", "len"): r"skb:skb_copy_datagram_iovec: .*\blen=(\d+)",
+}
+
+
+def run(command: list[str], runs: int, *, to: object = subprocess.DEVNULL) -> tuple[float, float]:
+    """Return the least wall and CPU seconds of some runs."""
+    walls, cpus = [], []
+    for _ in range(runs):
+        before, begin = os.times(), time.perf_counter()
+        subprocess.run(command, stdout=to, stderr=subprocess.DEVNULL, check=True)  # type: ignore[call-overload]
+        walls.append(time.perf_counter() - begin)
+        after = os.times()
+        cpus.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    return min(walls), min(cpus)
+
+
+def rxlab(file: Path, threads: int, again: int) -> dict:
+    """Run the reader in a process of its own and return what it measured."""
+    command = [sys.executable, "-c", READ, str(file), str(threads), str(again)]
+    return json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+
+
+def read_limit(file: Path) -> float:
+    """Return the seconds that read() into a 4 MiB buffer takes for the whole file, the least of 5."""
+    buffer = bytearray(4 << 20)
+    best = float("inf")
+    for _ in range(5):
+        begin = time.perf_counter()
+        with file.open("rb", buffering=0) as stream:
+            while stream.readinto(buffer):
+                pass
+        best = min(best, time.perf_counter() - begin)
+    return best
+
+
+def compare_sums(file: Path, sums: dict) -> list[str]:
+    """Return one line per field whose sum perf's text shows."""
+    script = ["perf", "script", "-F", "event,trace", "-i", str(file)]
+    child = subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    patterns = {key: re.compile(pattern) for key, pattern in SUMMED.items() if key[0] in sums}
+    by_event = {key[0]: (key, pattern) for key, pattern in patterns.items()}
+    totals = dict.fromkeys(patterns, 0)
+    for line in child.stdout or ():
+        entry = by_event.get(line.split(": ", 1)[0].strip())
+        if entry and (match := entry[1].search(line)):
+            totals[entry[0]] += int(match[1], 0)
+    child.wait()
+    return [
+        f"sum of {event} {name}: perf {value}, rxlab {sums[event][name]}: {'equal' if value == sums[event][name] else 'DIFFERENT'}"
+        for (event, name), value in totals.items()
+    ]
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--no-script", action="store_true", help="leave out perf script, the slow peer")
+    parser.add_argument(
+        "--python-script", action="store_true", help="perf script -s with a dict per sample, slower by 10 times more"
+    )
+    options = parser.parse_args()
+    file, size = options.file, options.file.stat().st_size
+    result = rxlab(file, 2, 7)
+    samples, steady = result["samples"], min(result["again"])
+    rows = {}
+    for threads in (1, 2):
+        rows[f"rxlab, {threads} thread(s)"] = run(
+            [sys.executable, "-c", READ, str(file), str(threads), "0"], options.runs
+        )
+    rows["cat"] = run(["cat", str(file)], options.runs)
+    rows["perf report --stats (no field)"] = run(["perf", "report", "--stats", "-i", str(file)], options.runs)
+    if not options.no_script:
+        rows["perf script, all fields as text"] = run(
+            ["perf", "script", "-F", "comm,tid,cpu,time,event,trace", "--ns", "-i", str(file)], 1
+        )
+    if options.python_script:
+        with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
+            script.write(PERF_PYTHON)
+            script.flush()
+            rows["perf script -s, a dict per sample"] = run(["perf", "script", "-s", script.name, "-i", str(file)], 1)
+    own = rows["rxlab, 2 thread(s)"]
+    print(f"{samples} samples, {size / 1e6:.0f} MB, columns {result['columns'] / 1e6:.0f} MB\n")
+    print(
+        f"{'whole process':36} {'wall s':>8} {'CPU s':>8} {'M samples/s':>12} {'wall / rxlab':>13} {'CPU / rxlab':>12}"
+    )
+    for name, (wall, cpu) in rows.items():
+        print(
+            f"{name:36} {wall:8.3f} {cpu:8.3f} {samples / wall / 1e6:12.2f} {wall / own[0]:13.2f} {cpu / own[1]:12.2f}"
+        )
+    limit = read_limit(file)
+    print(
+        f"\nin a running kernel, 2 threads: {steady:.3f} s, {samples / steady / 1e6:.1f} M samples/s, {size / steady / 1e6:.0f} MB/s"
+    )
+    print(f"read() of the file into 4 MiB: {limit:.3f} s; ratio {steady / limit:.1f}")
+    print(
+        f"anonymous memory after load: {result['anon'] / 1e6:.0f} MB, {result['anon'] / result['columns']:.2f} times the columns"
+    )
+    chunked = json.loads(
+        subprocess.run([sys.executable, "-c", CHUNKS, str(file)], capture_output=True, check=True, text=True).stdout
+    )
+    print(f"anonymous memory with chunks of 500,000 samples, the whole process: {chunked['anon'] / 1e6:.0f} MB")
+    if not options.no_script:
+        print("\n".join(compare_sums(file, result["sums"])))
+
+
+if __name__ == "__main__":
+    main()
