@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rxlab import rundir
 from rxlab.errors import CaptureError, FormatError, UsageError
 from rxlab.rundir import DATASET, list_runs
+from rxlab.stages import EVENT_PRESETS
 
 if TYPE_CHECKING:
     from rxlab.dataset.run import Run
@@ -366,6 +367,11 @@ def analyze_run(
         )
     run = open_run(path)
     target = Path(out) if out is not None else run.rundir.file(DATASET)
+    if not run.is_traced and run.run.get("arm") in EVENT_PRESETS:
+        missing = rundir.PERF_DATA if not run.rundir.has(rundir.PERF_DATA) else rundir.PCAP
+        raise FormatError(
+            "a traced run without its recording", where=str(path), expected=missing, do="Record it again."
+        )
     if not run.is_traced:
         run.analyze(target)
         return {

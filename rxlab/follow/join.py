@@ -28,7 +28,9 @@ _RX = STAGE_INDEX["netif_receive_skb"]
 # A blind window hides events a little before its first and after its last visible switch (measured: -2 / +0.2 ms).
 BLIND_BEFORE_NS, BLIND_AFTER_NS = 2_000_000, 200_000
 # Statuses that say "do not trust this row's times", as opposed to "this packet has no reader".
-FLAGGED = ("ambiguous", "negative", "blind", "lost", "incomplete", "unmatched", "outside_window")
+FLAGGED = ("ambiguous", "negative", "blind", "lost", "incomplete", "unmatched")
+# Not counted among the data packets a recording should have followed: no reader could have had them, or perf was not on.
+NOT_COUNTED = ("duplicate", "dropped", "outside_window")
 MAX_FLAGGED = 0.01
 
 
@@ -549,7 +551,7 @@ def _gate(
     columns = joined.packets
     names = np.asarray(STATUSES)[columns["status"]]
     is_data = columns["is_data"]
-    counted = is_data & ~np.isin(names, ("duplicate", "dropped"))
+    counted = is_data & ~np.isin(names, NOT_COUNTED)
     flagged = counted & np.isin(names, FLAGGED)
     n = int(counted.sum())
     windows = gates.blind_windows(events)
@@ -571,9 +573,9 @@ def _gate(
         "flagged": {"ok": fraction <= MAX_FLAGGED, "violations": int(flagged.sum()), "fraction": fraction},
     }
     if not n:
-        joined.verdict, joined.reasons = "refused", ["no received data packets"]
+        joined.verdict, joined.reasons = "refused", ["no data packets were received while perf was recording"]
         return
-    if joined.clock.stamp_position == "unknown" or (matched.event[is_data] >= 0).mean() < 0.5:
+    if joined.clock.stamp_position == "unknown" or (matched.event[counted] >= 0).mean() < 0.5:
         joined.verdict = "refused"
         joined.reasons.append("fewer than half of the captured data packets were found in the kernel's events")
         return

@@ -14,7 +14,7 @@ import numpy as np
 
 from rxlab.errors import FormatError
 from rxlab.follow.clockfit import NAT
-from rxlab.follow.join import FLAGGED, TCP, UDP, Joined
+from rxlab.follow.join import FLAGGED, NOT_COUNTED, TCP, UDP, Joined
 from rxlab.read.columns import Columns
 from rxlab.rundir import APP_LOG_FIELDS, APP_LOG_STRUCT, MESSAGE_HEADER, MESSAGE_MAGIC
 from rxlab.stages import STAGE_INDEX, STATUSES
@@ -97,7 +97,7 @@ def verify_join(
     """
     columns = joined.packets
     names = np.asarray(STATUSES)[columns["status"]]
-    counted = columns["is_data"] & ~np.isin(names, ("duplicate", "dropped"))
+    counted = columns["is_data"] & ~np.isin(names, NOT_COUNTED)
     result: dict[str, Any] = {
         "checked": 0,
         "complete": float((names[counted] == "complete").mean()) if counted.any() else 0.0,
