@@ -77,11 +77,16 @@ def test_no_packets_and_no_events() -> None:
 def test_stamp_position_is_told_from_the_data() -> None:
     driver = np.arange(500) * 50_000
     receive = driver + 6_000
-    length = np.full(500, 100)
-    assert classify_stamp(driver + 400, length, driver, length, receive, length)[0] == "bracket"
-    assert classify_stamp(receive + 750, length, driver, length, receive, length)[0] == "tap"
-    assert classify_stamp(driver - 30_000, length, driver, length, receive, length)[0] == "nic"
-    # A quick softirq puts the tap stamp within the bracket's reach as well: the tap still fits better or as well.
+    length, span = np.full(500, 100), np.full(500, 900)
+
+    def position(stamp: np.ndarray, receive: np.ndarray = receive) -> str:
+        return classify_stamp(stamp, length, driver, span, length, receive, length)[0]
+
+    assert position(driver + 400) == "bracket"
+    assert position(receive + 750) == "tap"
+    assert position(driver - 30_000) == "nic"
+    # A quick softirq brings the tap's stamp close behind the driver's call, but not into it.
     quick = driver + 1_500
-    assert classify_stamp(quick + 700, length, driver, length, quick, length)[0] == "tap"
-    assert classify_stamp(driver, length, driver[:0], length[:0], receive[:0], length[:0])[0] == "unknown"
+    assert position(quick + 700, quick) == "tap"
+    empty = driver[:0]
+    assert classify_stamp(driver, length, empty, empty, empty, empty, empty)[0] == "unknown"

@@ -223,7 +223,13 @@ def _match(path: KernelPath, received: Columns, stamp: np.ndarray, clock: ClockM
     length = received["wire_len"].astype(np.int64) - 14 - tag
     has_driver = drv_time != NAT
     position, evidence = classify_stamp(
-        stamp, length, drv_time[has_driver], columns["len"][has_driver], rx_time, columns["len"]
+        stamp,
+        length,
+        drv_time[has_driver],
+        (columns["stamp_high"] - drv_time)[has_driver],
+        columns["len"][has_driver],
+        rx_time,
+        columns["len"],
     )
     if position == "bracket":
         low = np.where(has_driver, columns["stamp_low"] - TOLERANCE_NS, rx_time - STALL_NS)

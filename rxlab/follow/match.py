@@ -14,8 +14,7 @@ from numba import njit
 
 # Stamp and event clocks agree to tens of ns; a window is widened by this much on both sides.
 TOLERANCE_NS = 300
-# How long after netif_rx_entry the stamp of a bracket-mode capture may come, how long after netif_receive_skb that of a tap.
-BRACKET_SPAN_NS = 3_000
+# How long after netif_receive_skb a tap takes its stamp.
 TAP_SPAN_NS = 5_000
 # A software stamp may precede its event by a CPU stall or a full backlog.
 STALL_NS = 100_000_000
@@ -43,6 +42,7 @@ def classify_stamp(
     packet_time: np.ndarray,
     packet_len: np.ndarray,
     driver_time: np.ndarray,
+    driver_span: np.ndarray,
     driver_len: np.ndarray,
     receive_time: np.ndarray,
     receive_len: np.ndarray,
@@ -52,11 +52,13 @@ def classify_stamp(
     """Tell from the data where the pcap stamp was taken.
 
     Decided from the event side, which is robust to lost events: the fraction of events with a stamp of the same length
-    shortly after them.
+    inside their window.
 
     Parameters
     ----------
     packet_time, driver_time, receive_time : int64 arrays, nanoseconds of CLOCK_MONOTONIC
+    driver_span : int64 array, dims (driver event,), nanoseconds
+        How long the driver's call lasted: to netif_rx, or to netif_receive_skb for NAPI (which stamps where GRO hands over).
     packet_len, driver_len, receive_len : integer arrays, bytes above the MAC header
 
     Returns
@@ -66,30 +68,29 @@ def classify_stamp(
         The two fractions, and the number of events looked at.
     """
 
-    def fraction(time: np.ndarray, length: np.ndarray, span: int) -> float:
+    def fraction(time: np.ndarray, length: np.ndarray, span: np.ndarray) -> float:
         if not len(time) or not len(packet_time):
             return 0.0
         step = max(1, len(time) // sample)
-        return float(_has_stamp(packet_time, packet_len, time[::step], length[::step], span).mean())
+        return float(_has_stamp(packet_time, packet_len, time[::step], length[::step], span[::step]).mean())
 
-    bracket = fraction(driver_time, driver_len, BRACKET_SPAN_NS)
-    tap = fraction(receive_time, receive_len, TAP_SPAN_NS)
+    bracket = fraction(driver_time, driver_len, driver_span)
+    tap = fraction(receive_time, receive_len, np.full(len(receive_time), TAP_SPAN_NS))
     evidence = {"bracket": bracket, "tap": tap, "events": float(max(len(driver_time), len(receive_time)))}
     if not len(receive_time) or not len(packet_time):
         return "unknown", evidence
-    # A tap stamp of a packet without queueing also lies shortly after netif_rx_entry: the better fit of the two decides.
     if max(bracket, tap) < 0.5:
         return "nic", evidence
     return ("bracket" if bracket > tap else "tap"), evidence
 
 
 def _has_stamp(
-    packet_time: np.ndarray, packet_len: np.ndarray, time: np.ndarray, length: np.ndarray, span: int
+    packet_time: np.ndarray, packet_len: np.ndarray, time: np.ndarray, length: np.ndarray, span: np.ndarray
 ) -> np.ndarray:
     """Tell for each event whether a packet of equal length is stamped within [time, time + span]."""
     order = np.lexsort((packet_time, packet_len))
     origin = min(packet_time.min(), time.min())
-    width = int(max(packet_time.max(), time.max()) - origin) + span + 2
+    width = int(max(packet_time.max(), time.max()) - origin) + int(span.max()) + 2
     key = packet_len[order].astype(np.int64) * width + (packet_time[order] - origin)
     want = length.astype(np.int64) * width + (time - origin)
     at = np.searchsorted(key, want)
