@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from rxlab.errors import MissingEventError
 from rxlab.follow import reader
 from rxlab.follow.clockfit import NAT
-from rxlab.follow.join import FLAGGED, Joined, join
+from rxlab.follow.join import Joined, join
+from rxlab.follow.status import FLAGGED
 from rxlab.stages import ATTRIBUTIONS, STAGE_INDEX, STATUSES
 from tests.simulate import World, simulate
 

@@ -192,8 +192,6 @@ def open_run(path: str | os.PathLike[str]) -> Run:
 
 def machine_of(run: dict[str, Any], host: dict[str, Any]) -> Machine:
     """Return what the join needs to know of the recording host."""
-    from rxlab.follow.join import Machine
-
     iface = run.get("iface")
     if not iface:
         raise FormatError(

@@ -14,8 +14,9 @@ import numpy as np
 
 from rxlab.follow.asof import AsOf, pick
 from rxlab.follow.clockfit import NAT
+from rxlab.follow.stagetable import StageTable
 from rxlab.read.columns import Columns
-from rxlab.stages import PATH_KINDS, STAGE_INDEX, STAGE_NAMES
+from rxlab.stages import PATH_KINDS, STAGE_INDEX
 
 # Births: each of these events begins a new life of its skbaddr, or continues the life it belongs to (see `_end_of_life`).
 BIRTHS = (
@@ -38,32 +39,18 @@ _EMPTY = Columns(
 
 
 @dataclass
-class KernelPath:
+class KernelPath(StageTable):
     """One row per ``net:netif_receive_skb`` of the interface.
 
     Attributes
     ----------
-    time : int64 array, dims (skb, stage), nanoseconds of CLOCK_MONOTONIC, NaT where not seen
-    cpu : int16 array, dims (skb, stage), -1 where not seen
-    rank : int64 array, dims (skb, stage), -1 where not seen
-        Global order of the event behind each stage.
     columns : Columns
         Per skb: ``skbaddr``, ``len``, ``end_rank`` (end of its generation), ``path_kind``, ``rps_cpu``, ``rx_queue``,
         ``hash``, ``socket``, ``sport``/``dport`` as tcp_probe saw them (-1 where it did not), ``probe_len``, ``gso_size``,
         ``wake_limit`` (rank up to which a wake-up is this packet's), ``stamp_low``/``stamp_high``.
     """
 
-    time: np.ndarray
-    cpu: np.ndarray
-    rank: np.ndarray
     columns: Columns
-
-    def set_stage(self, stage: str, events: Columns, row: np.ndarray) -> None:
-        """Write one stage from the event row found for each skb (-1: none)."""
-        at = STAGE_INDEX[stage]
-        self.time[:, at] = pick(events["time"], row, NAT)
-        self.cpu[:, at] = pick(events["cpu"], row, -1)
-        self.rank[:, at] = pick(events["rank"], row, -1)
 
 
 def event_columns(events: Mapping[str, Columns], name: str) -> Columns:
@@ -103,12 +90,9 @@ def follow_kernel(events: Mapping[str, Columns], iface: str, irqs: frozenset[int
     """
     receive = on_device(event_columns(events, "net:netif_receive_skb"), iface)
     n = receive.n
-    path = KernelPath(
-        np.full((n, len(STAGE_NAMES)), NAT, np.int64),
-        np.full((n, len(STAGE_NAMES)), -1, np.int16),
-        np.full((n, len(STAGE_NAMES)), -1, np.int64),
-        Columns({"skbaddr": _field(receive, "skbaddr", np.uint64), "len": _field(receive, "len", np.int64)}),
-    )
+    table = StageTable.blank(n)
+    facts = Columns({"skbaddr": _field(receive, "skbaddr", np.uint64), "len": _field(receive, "len", np.int64)})
+    path = KernelPath(table.time, table.cpu, table.rank, facts)
     path.set_stage("netif_receive_skb", receive, np.arange(n))
     if not n:
         path.columns = path.columns.with_columns(**{name: np.empty(0, np.int64) for name in _COLUMN_NAMES})

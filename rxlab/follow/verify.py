@@ -14,7 +14,8 @@ import numpy as np
 
 from rxlab.errors import FormatError
 from rxlab.follow.clockfit import NAT
-from rxlab.follow.join import FLAGGED, NOT_COUNTED, TCP, UDP, Joined
+from rxlab.follow.join import Joined
+from rxlab.follow.status import FLAGGED, NOT_COUNTED, TCP, UDP
 from rxlab.read.columns import Columns
 from rxlab.rundir import APP_LOG_FIELDS, APP_LOG_STRUCT, MESSAGE_HEADER, MESSAGE_MAGIC
 from rxlab.stages import STAGE_INDEX, STATUSES

@@ -1,0 +1,189 @@
+"""What became of each packet: the stages it must show, and the one status that says whether to believe it.
+
+Every row gets a status (stages.STATUSES); causes that hide data (blind, lost) come before those that explain it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from rxlab.follow import gates
+from rxlab.follow.asof import AsOf, pick
+from rxlab.follow.clockfit import NAT, ClockMap
+from rxlab.follow.kernelpath import KernelPath, event_columns
+from rxlab.follow.match import Matched
+from rxlab.follow.reader import Consumption
+from rxlab.follow.stagetable import StageTable
+from rxlab.read.columns import Columns
+from rxlab.stages import ATTRIBUTIONS, STAGE_INDEX, STAGE_NAMES, STATUSES, stages_without
+
+TCP, UDP = 6, 17
+_RX = STAGE_INDEX["netif_receive_skb"]
+# A blind window hides events a little before its first and after its last visible switch (measured: -2 / +0.2 ms).
+BLIND_BEFORE_NS, BLIND_AFTER_NS = 2_000_000, 200_000
+# Statuses that say "do not trust this row's times", as opposed to "this packet has no reader".
+FLAGGED = ("ambiguous", "negative", "blind", "lost", "incomplete", "unmatched")
+# Not counted among the data packets a recording should have followed: no reader could have had them, or perf was not on.
+NOT_COUNTED = ("duplicate", "dropped", "outside_window")
+
+
+def recorded_stages(events: Mapping[str, Columns]) -> set[str]:
+    """Return the stages that the recorded events can show."""
+    gone = stages_without({name for name in events if events[name].n})
+    return set(STAGE_NAMES) - set(gone) - {"nic"}
+
+
+def required_stages(
+    columns: Columns, rank: np.ndarray, path: KernelPath, skb: np.ndarray, recorded: set[str]
+) -> np.ndarray:
+    """Tell which stages each row must show, by path kind, protocol and attribution class.
+
+    Returns
+    -------
+    bool array, dims (packet, stage)
+    """
+    n = columns.n
+    is_data, is_tcp = columns["is_data"], columns["proto"] == TCP
+    attribution = columns["attribution"]
+    required = np.zeros((n, len(STAGE_NAMES)), bool)
+    merged, late = _merged_and_late(columns, rank, path, skb)
+    needs = {
+        "driver_rx": is_data,
+        "netif_receive_skb": np.ones(n, bool),
+        "tcp_rcv": is_data & is_tcp & ~merged,
+        # An out-of-order segment is queued without waking anybody; UDP always calls data_ready.
+        "data_ready": is_data & ~(is_tcp & (merged | late)),
+        "waking": is_data & (attribution == ATTRIBUTIONS.index("own_wake")),
+        "wakeup": is_data & (attribution == ATTRIBUTIONS.index("own_wake")),
+        "switch_in": is_data & np.isin(attribution, [ATTRIBUTIONS.index(a) for a in ("own_wake", "coalesced", "other_wake", "preempted")]),
+        "copy": is_data & is_tcp,
+        "recvmsg": is_data,
+    }  # fmt: skip
+    for stage, rows in needs.items():
+        if stage in recorded:
+            required[:, STAGE_INDEX[stage]] = rows
+    return required
+
+
+def _merged_and_late(
+    columns: Columns, rank: np.ndarray, path: KernelPath, skb: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tell which TCP packets lost their skb to an earlier one, and which arrived out of order.
+
+    The socket backlog merges a segment into the tail it finds there: only the first skb reaches tcp_rcv_established, and its
+    tcp_probe reports more bytes than its own packet had (alignment.md 2.1, "no tcp_probe").
+    """
+    flow, payload, position = columns["flow"], columns["payload_len"].astype(np.int64), columns["position"]
+    probe_len = pick(path.columns["probe_len"], skb, -1)
+    data = np.flatnonzero(columns["is_data"] & (columns["proto"] == TCP))
+    order = data[np.lexsort((data, flow[data]))]
+    merged, late = np.zeros(columns.n, bool), np.zeros(columns.n, bool)
+    if not len(order):
+        return merged, late
+    has_probe = probe_len[order] >= 0
+    # data_len is a 16-bit field: compare modulo 65,536.
+    grew = has_probe & (probe_len[order] != payload[order] % 65536)
+    head = np.maximum.accumulate(np.where(has_probe, np.arange(len(order)), -1))
+    same = (head >= 0) & (flow[order[np.maximum(head, 0)]] == flow[order])
+    merged[order] = ~has_probe & same & grew[np.maximum(head, 0)]
+    end = position[order] + payload[order]
+    edges = np.flatnonzero(np.diff(flow[order], prepend=-2, append=-2))
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        reached = np.maximum.accumulate(end[low:high])
+        late[order[low + 1 : high]] = position[order[low + 1 : high]] != reached[:-1]
+    return merged, late
+
+
+def give_statuses(
+    rows: StageTable,
+    columns: Columns,
+    events: Mapping[str, Columns],
+    path: KernelPath,
+    matched: Matched,
+    taken: Consumption,
+    clock: ClockMap,
+    required: np.ndarray,
+    stamp: np.ndarray,
+    lost: int,
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Give every row the one status that says what became of it; causes that hide data come before those that explain it."""
+    code = {name: index for index, name in enumerate(STATUSES)}
+    status = np.full(columns.n, code["complete"], np.int8)
+    has_reader = rows.rank[:, STAGE_INDEX["recvmsg"]] >= 0
+    missing = (required & (rows.time == NAT)).any(axis=1)
+    reason, table = _drop_reasons(rows, columns, events, path, matched.event)
+    duplicate = _duplicates(columns, rows.rank[:, _RX], reason)
+    is_data = columns["is_data"]
+    # A later byte of the same stream, or a later datagram of the same socket, was read: so was this one, and its events
+    # were not delivered although perf reported no loss.
+    overtaken = is_data & ~has_reader & (reason == 0) & _overtaken(columns, has_reader)
+    status[missing] = code["incomplete"]
+    status[is_data & ~has_reader] = code["no_reader"]
+    status[is_data & ~has_reader & (reason > 0)] = code["dropped"]
+    status[is_data & duplicate] = code["duplicate"]
+    windows = gates.blind_windows(events)
+    blind = gates.inside_windows(stamp, windows, BLIND_BEFORE_NS, BLIND_AFTER_NS)
+    status[overtaken & ~duplicate] = code["blind"]
+    unfinished = missing & ~np.isin(status, (code["dropped"], code["duplicate"]))
+    status[unfinished & (lost > 0)] = code["lost"]
+    status[unfinished & blind] = code["blind"]
+    times = [event["time"] for event in events.values() if event.n]
+    first, last = min(int(time.min()) for time in times), max(int(time.max()) for time in times)
+    unmatched = matched.event < 0
+    status[unmatched] = code["unmatched"]
+    status[unmatched & (lost > 0)] = code["lost"]
+    status[unmatched & blind] = code["blind"]
+    status[unmatched & ((stamp < first) | (stamp > last))] = code["outside_window"]
+    status[~is_data & ~unmatched] = code["no_payload"]
+    ambiguous = matched.ambiguous | taken.anchors_disagree | clock.inside_step(columns["pcap_time"])
+    status[ambiguous & is_data & ~unmatched] = code["ambiguous"]
+    status[gates.order_violations(rows.time, columns["path_kind"])] = code["negative"]
+    return status, reason, table
+
+
+def _overtaken(columns: Columns, has_reader: np.ndarray) -> np.ndarray:
+    """Tell which packets of a flow come before one that was read (in stream order for TCP, in capture order else)."""
+    overtaken = np.zeros(columns.n, bool)
+    key = np.where(columns["proto"] == TCP, columns["position"], np.arange(columns.n))
+    order = np.lexsort((key, columns["flow"]))
+    flow, read = columns["flow"][order], np.where(has_reader[order], np.arange(columns.n), -1)
+    # The last packet of the flow that was read, seen from each packet: a maximum from the right within the flow.
+    edges = np.flatnonzero(np.diff(flow, prepend=-2, append=-2))
+    last = np.maximum.reduceat(read, edges[:-1]) if columns.n else read
+    overtaken[order] = np.repeat(last, np.diff(edges)) > np.arange(columns.n)
+    return overtaken
+
+
+def _drop_reasons(
+    rows: StageTable, columns: Columns, events: Mapping[str, Columns], path: KernelPath, skb: np.ndarray
+) -> tuple[np.ndarray, list[str]]:
+    """Return the kernel's reason for packets freed by kfree_skb inside their life and never copied (0: none)."""
+    freed = event_columns(events, "skb:kfree_skb")
+    if not freed.n or "reason" not in freed:
+        return np.zeros(columns.n, np.int16), ["none"]
+    index = AsOf(freed["rank"], freed["skbaddr"].astype(np.uint64))
+    row = index.first_after(rows.rank[:, _RX], columns["skb"])
+    row = np.where(index.rank_of(row, np.iinfo(np.int64).max) < pick(path.columns["end_rank"], skb, 0), row, -1)
+    reason = np.where(rows.rank[:, STAGE_INDEX["copy"]] >= 0, 0, pick(freed["reason"].astype(np.int64), row, 0))
+    # Kernels number their reasons differently: what travels on is the name, as a code into this run's own table.
+    symbols = freed.attrs.get("symbols", {}).get("reason", {})
+    values, codes = np.unique(np.append(reason, 0), return_inverse=True)
+    table = ["none" if value == 0 else str(symbols.get(int(value), value)) for value in values]
+    return codes[:-1].astype(np.int16), table
+
+
+def _duplicates(columns: Columns, rx_rank: np.ndarray, drop_reason: np.ndarray) -> np.ndarray:
+    """Tell which TCP packets carry bytes that an earlier packet, not dropped, already brought."""
+    rows = np.flatnonzero(columns["is_data"] & (columns["proto"] == TCP) & (drop_reason == 0))
+    duplicate = np.zeros(columns.n, bool)
+    position, length, flow = columns["position"], columns["payload_len"].astype(np.int64), columns["flow"]
+    order = rows[np.lexsort((rows, position[rows], flow[rows]))]
+    if not len(order):
+        return duplicate
+    same = (flow[order][1:] == flow[order][:-1]) & (position[order][1:] == position[order][:-1])
+    # The first arrival owns the bytes; a later one with the same start is a copy of it unless it brings more.
+    covered = same & (length[order][1:] <= length[order][:-1])
+    duplicate[order[1:][covered]] = True
+    return duplicate
