@@ -257,11 +257,26 @@ def verify(run: Path, as_json: Json = False) -> None:
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run directories, or folders that hold some.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="HTML file to write.")] = Path("report.html"),
+    reveal: Annotated[
+        bool, typer.Option("--reveal", help="Real addresses and host names instead of pseudonyms.")
+    ] = False,
 ) -> None:
     """Write one self-contained HTML page about runs."""
     from rxlab.pipeline import report_runs
 
-    print(f"report: {report_runs(runs, out)}")
+    print(f"report: {report_runs(runs, out, reveal=reveal)}")
+
+
+@app.command()
+def export(
+    run: Path,
+    to: Annotated[str, typer.Option("--to", help="pyperf, parquet or csv.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="File to write.")],
+) -> None:
+    """Write a run's latencies as a pyperf suite, or its packets as a table."""
+    from rxlab.pipeline import export_run
+
+    print(export_run(run, to, out))
 
 
 @app.command()

@@ -81,7 +81,7 @@ def record_run(
     """
     from rxlab.host.journal import apply
     from rxlab.host.settings import parse_settings
-    from rxlab.record.capture import capture
+    from rxlab.record.capture import capture, note_restored
     from rxlab.record.testbed import Testbed
     from rxlab.record.workload import Command, Workload
 
@@ -113,7 +113,7 @@ def record_run(
             transaction=journal,
             **options,
         )
-    return open_run(recorded.path)
+    return open_run(note_restored(recorded, journal).path)
 
 
 def idle_task_is_blind() -> bool | None:
@@ -168,8 +168,7 @@ def _demo_on_recorded(folder: Path, say: Callable[[str], None]) -> Path:
     for source in recorded:
         target = folder / source.path.name
         shutil.copytree(source.path, target)
-        (target / "RECORDED").write_text("a recorded run of data/, not of this host\n")
-    return _analyze_and_report([open_run(folder / source.path.name) for source in recorded], folder, say)
+    return _analyze_and_report([open_run(folder / source.path.name) for source in recorded], folder, say, recorded=True)
 
 
 def recorded_runs() -> list[Run]:
@@ -317,30 +316,34 @@ def _make_room(folder: Path) -> None:
             )
 
 
-def _analyze_and_report(runs: Sequence[Run], folder: Path, say: Callable[[str], None]) -> Path:
-    """Analyse runs in place and write one report about them."""
+def _analyze_and_report(
+    runs: Sequence[Run], folder: Path, say: Callable[[str], None], *, recorded: bool = False
+) -> Path:
+    """Analyse runs in place and write one report about them; `recorded` runs are not this machine's."""
     for number, run in enumerate(runs):
         say(f"analysing [{number + 1}/{len(runs)}] {run.path.name}")
         run.analyze_in_place()
     say("writing the report")
-    return write_report(runs, folder / "report.html")
+    return write_report(runs, folder / "report.html", recorded=recorded)
 
 
-def write_report(runs: Iterable[Run], out: str | os.PathLike[str]) -> Path:
+def write_report(
+    runs: Iterable[Run], out: str | os.PathLike[str], *, recorded: bool = False, reveal: bool = False
+) -> Path:
     """Write one self-contained HTML page about runs (:func:`rxlab.show.report.write_report`)."""
     from rxlab.show.report import write_report as write
 
-    return Path(write(list(runs), Path(out)))
+    return Path(write(list(runs), Path(out), recorded=recorded, reveal=reveal))
 
 
-def report_runs(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:
+def report_runs(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str], *, reveal: bool = False) -> Path:
     """Write a report about every run directory at or below the given paths."""
     runs = [open_run(found.path) for path in paths for found in list_runs(path)]
     if not runs:
         raise FormatError(
             "no run directories", where=", ".join(map(str, paths)), expected=f"a directory with {rundir.RUN_JSON}"
         )
-    return write_report(runs, out)
+    return write_report(runs, out, reveal=reveal)
 
 
 def analyze_run(
@@ -426,3 +429,19 @@ def inspect_file(path: str | os.PathLike[str]) -> dict[str, Any]:
         magic = stream.read(8)
     is_perf = magic in (b"PERFILE2", b"2ELIFREP", b"PERFFILE", b"ELIFFREP")
     return inspect_perfdata(file) if is_perf else inspect_pcap(file)
+
+
+EXPORTS = ("pyperf", "parquet", "csv")
+
+
+def export_run(path: str | os.PathLike[str], to: str, out: str | os.PathLike[str]) -> Path:
+    """Write a run's latencies as a pyperf suite, or its packets as Parquet or CSV (rxlab/show/exports.py)."""
+    from rxlab.show.exports import to_pyperf, to_table
+
+    if to not in EXPORTS:
+        raise UsageError("unknown export", where="--to", found=repr(to), expected=", ".join(EXPORTS))
+    run, target = open_run(path), Path(out)
+    if to == "pyperf":
+        return Path(to_pyperf([run], target))
+    wanted = "." + to
+    return Path(to_table(run.tree, target if target.suffix == wanted else target.with_suffix(wanted)))

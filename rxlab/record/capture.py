@@ -171,6 +171,8 @@ def capture(
         except BaseException as error:
             fail(session, error)
             raise
+        finally:
+            give_to_invoker(folder)
     return open_rundir(folder)
 
 
@@ -218,7 +220,7 @@ def first_record(
     return {
         "status": "running",
         "problems": [],
-        "command": sys.argv,
+        "command": command_line(),
         "testbed": testbed.describe() if testbed is not None else None,
         "iface": dst.iface,
         "netns": str(NETNS_FOLDER / dst.netns) if dst.netns else None,
@@ -424,6 +426,32 @@ def pcap_problems(result: Mapping[str, Any]) -> list[str]:
     if not fence or fence["captured"] < fence["received"]:
         problems.append(f"tcpdump did not take every packet: {fence or 'it gave no numbers'}")
     return problems
+
+
+def command_line() -> list[str]:
+    """Return the command that recorded, as somebody would type it again: without this machine's path to rxlab."""
+    program = Path(sys.argv[0])
+    name = "rxlab" if program.parent.name == "rxlab" or program.name == "rxlab" else program.name
+    return [name, *sys.argv[1:]]
+
+
+def give_to_invoker(folder: Path) -> None:
+    """Hand the run to the user behind sudo, so that a Jupyter kernel of theirs can read what it had captured."""
+    uid, gid = os.environ.get("SUDO_UID", ""), os.environ.get("SUDO_GID", "")
+    if os.geteuid() != 0 or not uid.isdigit() or not gid.isdigit():
+        return
+    for path in (folder, *folder.iterdir()):
+        os.chown(path, int(uid), int(gid), follow_symlinks=False)
+
+
+def note_restored(run: RunDir, transaction: Transaction) -> RunDir:
+    """Add to run.json whether the settings of the run were put back, once they were or were not."""
+    if run.run["got"].get("settings"):
+        report = transaction.report
+        run.run["got"]["restored"] = not (report.failed or report.foreign or report.gone)
+        write_json(run.file(RUN_JSON), run.run)
+        give_to_invoker(run.path)
+    return run
 
 
 def conclude(session: Session) -> None:

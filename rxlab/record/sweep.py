@@ -20,7 +20,7 @@ from rxlab.host.access import HostAccess
 from rxlab.host.journal import Transaction, apply
 from rxlab.host.settings import check_keys, parse_settings
 from rxlab.host.undo import interrupt_later
-from rxlab.record.capture import capture
+from rxlab.record.capture import capture, note_restored
 from rxlab.record.recording import ARM_OF
 from rxlab.record.testbed import Testbed
 from rxlab.record.workload import Command, Workload
@@ -194,7 +194,7 @@ def record_cell(
             with HostAccess(netns) as access:
                 parsed = parse_settings(settings, iface, netns, access=access)
             stack.enter_context(journal.change(parsed))
-        return capture(
+        recorded = capture(
             path,
             iface=iface,
             netns=netns,
@@ -206,6 +206,7 @@ def record_cell(
             transaction=journal,
             **{**capture_options, **recording},
         )
+    return note_restored(recorded, journal)
 
 
 def complete_run(path: Path) -> RunDir | None:
