@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from llvmlite import ir  # type: ignore[import-untyped]
-from numba import config, njit, types
-from numba.extending import intrinsic
+from numba import njit
+
+from rxlab.read.words import be16, be32, be48, be64
 
 # Link types, https://www.tcpdump.org/linktypes.html
 LINKTYPE_NULL, LINKTYPE_ETHERNET, LINKTYPE_LOOP, LINKTYPE_SLL, LINKTYPE_SLL2 = 0, 1, 108, 113, 276
@@ -123,45 +123,6 @@ def empty_headers(n: int) -> HeaderColumns:
     of a capture fills (tunnels, often) never become resident memory.
     """
     return HeaderColumns(**{name: np.zeros(n, dtype) for name, dtype in HEADER_FIELDS.items()})
-
-
-def _big_endian_load(size):
-    """Return a compiled function (buf, i) -> uint64 that reads `size` big-endian bytes at byte `i`, at any alignment.
-
-    One machine load. Numba's own way, byte by byte, decodes a third slower, and is kept for runs with bounds checking.
-    """
-    if getattr(config, "BOUNDSCHECK", 0):
-
-        @njit(nogil=True)
-        def load_checked(buf, i):
-            word = np.uint64(0)
-            for k in range(size):
-                word = (word << np.uint64(8)) | np.uint64(buf[i + k])
-            return word
-
-        return load_checked
-
-    @intrinsic
-    def load(typingctx, buf, i):
-        def codegen(context, builder, signature, args):
-            array = context.make_array(signature.args[0])(context, builder, args[0])
-            place = builder.gep(array.data, [args[1]])
-            word = ir.IntType(8 * size)
-            value = builder.bswap(builder.load(builder.bitcast(place, word.as_pointer()), align=1))
-            return value if size == 8 else builder.zext(value, ir.IntType(64))
-
-        return types.uint64(buf, types.int64), codegen
-
-    return load
-
-
-be16, be32, be64 = _big_endian_load(2), _big_endian_load(4), _big_endian_load(8)
-
-
-@njit(cache=True, nogil=True, forceinline=True)
-def be48(buf, i):
-    """Return the big-endian 48-bit word (a MAC address) at byte `i`."""
-    return (be32(buf, i) << np.uint64(16)) | be16(buf, i + 4)
 
 
 @njit(cache=True, nogil=True, forceinline=True)

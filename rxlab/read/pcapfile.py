@@ -17,6 +17,7 @@ import numpy as np
 from numba import njit
 
 from rxlab.errors import FormatError, TruncatedFileError
+from rxlab.read.words import load32
 
 NAT = np.iinfo(np.int64).min  # a packet without a time (pcapng simple packet block)
 # libpcap's MAXIMUM_SNAPLEN and wiretap's WTAP_MAX_PACKET_SIZE_STANDARD; a header that states more snap length raises it.
@@ -152,15 +153,6 @@ def classic_format(magic: bytes) -> ClassicFormat | None:
         if found:
             return ClassicFormat(endian, *found)
     return None
-
-
-@njit(cache=True, nogil=True, forceinline=True)
-def load32(buf, i, swap):
-    """Return the 32-bit word at byte `i`, little-endian, or big-endian with `swap`."""
-    b0, b1, b2, b3 = np.int64(buf[i]), np.int64(buf[i + 1]), np.int64(buf[i + 2]), np.int64(buf[i + 3])
-    if swap:
-        return (b0 << 24) | (b1 << 16) | (b2 << 8) | b3
-    return (b3 << 24) | (b2 << 16) | (b1 << 8) | b0
 
 
 @njit(cache=True, nogil=True)

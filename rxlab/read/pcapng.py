@@ -13,7 +13,8 @@ import numpy as np
 from numba import njit
 
 from rxlab.errors import FormatError
-from rxlab.read.pcapfile import BLOCK, CUT, DAMAGED, END, FULL, MAX_CAPLEN, NAT, PacketIndex, load32
+from rxlab.read.pcapfile import BLOCK, CUT, DAMAGED, END, FULL, MAX_CAPLEN, NAT, PacketIndex
+from rxlab.read.words import load32
 
 SHB, IDB, PB, SPB, NRB, ISB, EPB = 0x0A0D0D0A, 1, 2, 3, 4, 5, 6
 # Blocks Wireshark shows as frames although they hold no packet; they count in frame numbers.
