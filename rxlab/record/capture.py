@@ -446,7 +446,7 @@ def give_to_invoker(folder: Path) -> None:
 
 def note_restored(run: RunDir, transaction: Transaction) -> RunDir:
     """Add to run.json whether the settings of the run were put back, once they were or were not."""
-    if run.run["got"].get("settings"):
+    if run.run.get("got", {}).get("settings"):
         report = transaction.report
         run.run["got"]["restored"] = not (report.failed or report.foreign or report.gone)
         write_json(run.file(RUN_JSON), run.run)
