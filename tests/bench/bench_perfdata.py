@@ -26,7 +26,9 @@ import numpy as np
 def status(key):
     return int(open("/proc/self/status").read().split(key + ":")[1].split()[0]) * 1024
 def total(array):
-    return int(array.view(np.uint8).sum(dtype=np.uint64)) if array.dtype.kind == "S" else int(array.sum(dtype=np.int64 if array.dtype.kind == "i" else np.uint64))
+    if array.dtype.kind == "S":
+        array = array.view(np.uint64 if array.dtype.itemsize % 8 == 0 else np.uint8)
+    return int(array.sum(dtype=np.int64 if array.dtype.kind == "i" else np.uint64))
 def go():
     begin = time.perf_counter()
     perf = read_perfdata(sys.argv[1], threads=int(sys.argv[2])).load()

@@ -165,12 +165,9 @@ def test_every_field_of_every_tracepoint_equals_perf(full_recording: Path, oracl
             own = f"field_{name}" if name in ("time", "cpu", "pid", "tid", "rank") else name
             expected = [fields[name] for _, fields in rows]
             if columns[own].dtype == np.uint8 and columns[own].ndim == 2:
-                # perf gives bytes, and text where all of them happen to be printable.
-                width = columns[own].shape[1]
-                expected = [
-                    list(x.encode("latin-1").ljust(width, b"\0")) if isinstance(x, str) else x for x in expected
-                ]
-            assert as_python(perf, event, own) == expected, (event, name)
+                assert_bytes_equal(columns[own], expected)
+            else:
+                assert as_python(perf, event, own) == expected, (event, name)
             compared[event] += 1
         if rows:
             decoded = {name for name in columns if not name.startswith("common_")} - {
