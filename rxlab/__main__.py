@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -109,33 +111,36 @@ def capture(
     """Record one run: kernel events, packets, clocks, counters, host."""
     from rxlab.pipeline import flow_filter, parse_size, record_run
 
-    run = record_run(
-        out,
-        iface=iface,
-        netns=netns,
-        testbed=testbed,
-        gro=gro,
-        settings=_settings(settings),
-        allow_system_changes=allow,
-        yes_this_nic=yes_this_nic,
-        workload=None
-        if attach or command or (iface and not (testbed or remote))
-        else {
-            "proto": proto, "family": family, "messages": messages, "size": size, "flows": flows, "mode": mode, "rate": rate,
-            "arrivals": arrivals, "remote": remote, "duration": duration if mode == "open" else None,
-        },
-        command=command or None,
-        server=server,
-        server_port=server_port,
-        duration=duration,
-        attach=attach,
-        events=events,
-        filter=flow_filter(bpf, flow),
-        cpus=cpus,
-        snaplen=snaplen,
-        max_size=parse_size(max_size),
-        idle=idle,
-    )  # fmt: skip
+    load = {
+        "proto": proto, "family": family, "messages": messages, "size": size, "flows": flows, "mode": mode, "rate": rate,
+        "arrivals": arrivals, "remote": remote, "duration": duration if mode == "open" else None,
+    }  # fmt: skip
+    # A client on this host cannot send through an interface of this host: there, live traffic is recorded.
+    is_live = attach or bool(command) or (iface is not None and not testbed and not remote)
+    with _working("recording") as progress:
+        run = record_run(
+            out,
+            iface=iface,
+            netns=netns,
+            testbed=testbed,
+            gro=gro,
+            settings=_settings(settings),
+            allow_system_changes=allow,
+            yes_this_nic=yes_this_nic,
+            workload=None if is_live else load,
+            command=command or None,
+            server=server,
+            server_port=server_port,
+            duration=duration,
+            attach=attach,
+            events=events,
+            filter=flow_filter(bpf, flow),
+            cpus=cpus,
+            snaplen=snaplen,
+            max_size=parse_size(max_size),
+            idle=idle,
+            progress=progress,
+        )
     if as_json:
         _print_json(run.run)
     else:
@@ -199,7 +204,8 @@ def analyze(
     """Join a run's packets and events into the dataset."""
     from rxlab.pipeline import analyze_run
 
-    result = analyze_run(run, out=out, perf=perf, pcap=pcap, iface=iface, say=_say)
+    with _working("analysing"):
+        result = analyze_run(run, out=out, perf=perf, pcap=pcap, iface=iface, say=_say)
     if as_json:
         _print_json(result)
     else:
@@ -246,7 +252,8 @@ def verify(run: Path, as_json: Json = False) -> None:
     from rxlab.pipeline import verification_threshold
     from rxlab.show.text import verification_text
 
-    result = open_run(run).verify()
+    with _working("verifying"):
+        result = open_run(run).verify()
     print(json.dumps(result, indent=1) if as_json else verification_text(result))
     below = verification_threshold(result)
     if below:
@@ -264,7 +271,9 @@ def report(
     """Write one self-contained HTML page about runs."""
     from rxlab.pipeline import report_runs
 
-    print(f"report: {report_runs(runs, out, reveal=reveal)}")
+    with _working("writing the report"):
+        written = report_runs(runs, out, reveal=reveal)
+    print(f"report: {written}")
 
 
 @app.command()
@@ -302,6 +311,19 @@ def host_show(iface: Iface = None, as_json: Json = False) -> None:
         _print_json(snapshot)
     else:
         print(host_text(snapshot))
+
+
+@contextmanager
+def _working(what: str) -> Iterator[Callable[[float], None]]:
+    """Show on a terminal that something goes on; yields a function that takes the seconds done of a known duration."""
+    if not sys.stderr.isatty():
+        yield lambda seconds: None
+        return
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status(what) as status:
+        yield lambda seconds: status.update(f"{what}: {seconds:.0f} s")
 
 
 def _settings(pairs: list[str] | None) -> dict[str, str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +155,46 @@ def test_a_packets_life_names_kernel_functions(demo: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "tcp_rcv_established (net/ipv4/tcp_input.c)" in done.stdout
     assert "recvmsg" in done.stdout
+
+
+def of_this_test(mark: str) -> list[str]:
+    """Processes that inherited the mark, as pid and command."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and mark.encode() in (entry / "environ").read_bytes():
+                found.append(f"{entry.name} {(entry / 'cmdline').read_bytes().decode(errors='replace')}")
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize(
+    ("signum", "seconds"), [(signal.SIGKILL, 3), (signal.SIGKILL, 9), (signal.SIGINT, 6), (signal.SIGINT, 12)]
+)
+def test_demo_ended_in_the_middle_leaves_nothing(tmp_path: Path, signum: signal.Signals, seconds: float) -> None:
+    mark = f"RXLAB_DEMO_TEST={tmp_path.name}-{signum}-{seconds}"
+    command = [sys.executable, "-m", "rxlab", "demo", "--out", str(tmp_path / "out")]
+    name, _, value = mark.partition("=")
+    victim = subprocess.Popen(
+        command, env={**os.environ, name: value}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(seconds)
+    namespaces = {entry.name for entry in Path("/run/netns").iterdir() if entry.name.startswith("rxlab-")}
+    victim.send_signal(signum)
+    _, complaint = victim.communicate(timeout=60)
+    if signum == signal.SIGINT:
+        assert victim.returncode == 130
+        assert "Traceback" not in complaint
+    deadline = time.monotonic() + 5
+    left = of_this_test(mark)
+    while left and time.monotonic() < deadline:
+        time.sleep(0.1)
+        left = of_this_test(mark)
+    assert not left
+    # The watchdog removes namespaces before it ends, so nothing of the victim's is there any more.
+    still = {entry.name for entry in Path("/run/netns").iterdir() if entry.name in namespaces}
+    assert not still
 
 
 @pytest.mark.parametrize("proto", ["tcp", "udp"])
