@@ -179,7 +179,7 @@ def _positions(received: Columns) -> np.ndarray:
     edges = np.flatnonzero(np.diff(flow[order], prepend=-2, append=-2))
     for low, high in zip(edges[:-1], edges[1:], strict=True):
         rows = order[low:high]
-        # A SYN takes one sequence number before the first byte; resets and keep-alives are old or zero-length, and harmless.
+        # A SYN takes one sequence number before the first byte; resets and probes of an idle connection are old or zero-length, and harmless.
         position[rows] = unwrap_sequence(received["seq"][rows])
     return position
 
