@@ -18,7 +18,7 @@ TOLERANCE_NS = 300
 TAP_SPAN_NS = 5_000
 # A software stamp may precede its event by a CPU stall or a full backlog.
 STALL_NS = 100_000_000
-# Events looked at per packet: bounds time and memory where the windows are wide.
+# Packets looked at on either side of an event: bounds time and memory where the windows are wide.
 MAX_CANDIDATES = 256
 
 
@@ -121,15 +121,15 @@ def match_packets(
     events = np.argsort(event_time, kind="stable")
     if len(packets) == 0 or len(events) == 0:
         return Matched(np.full(len(packets), -1, np.int64), np.zeros(len(packets), bool))
-    low, high = window_low[events], window_high[events]
-    # With both edges made monotone the candidates of a packet are one slice of the events; the exact test follows.
-    first = np.searchsorted(np.maximum.accumulate(high), packet_time[packets], side="left")
-    last = np.searchsorted(np.minimum.accumulate(low[::-1])[::-1], packet_time[packets], side="right")
-    last = np.minimum(last, first + MAX_CANDIDATES)
+    stamp, low, high = packet_time[packets], window_low[events], window_high[events]
+    # The packets each event could be: a slice of the stamps. A few wide windows (events at a stall, or without a successor)
+    # then cost little, and no other event its place.
+    middle = np.searchsorted(stamp, event_time[events])
+    first = np.maximum(np.searchsorted(stamp, low, side="left"), middle - MAX_CANDIDATES)
+    last = np.minimum(np.searchsorted(stamp, high, side="right"), middle + MAX_CANDIDATES)
     chosen, ambiguous = _heaviest_chain(
-        packet_time[packets], packet_len[packets].astype(np.int64), low, high, event_len[events].astype(np.int64), event_time[events],
-        np.asarray(first, np.int64), np.asarray(last, np.int64),
-    )  # fmt: skip
+        stamp, packet_len[packets].astype(np.int64), event_len[events].astype(np.int64), event_time[events], first, last
+    )
     result = np.full(len(packet_time), -1, np.int64)
     result[packets] = np.where(chosen >= 0, events[np.maximum(chosen, 0)], -1)
     flags = np.zeros(len(packet_time), bool)
@@ -138,68 +138,67 @@ def match_packets(
 
 
 @njit(cache=True, nogil=True)
-def _heaviest_chain(x, x_len, low, high, e_len, e, first, last):
+def _edges_by_packet(x_len, e_len, first, last):
+    """Return the (packet, event) pairs of equal length, packets in order and events in order within a packet (CSR)."""
+    n, m = len(x_len), len(e_len)
+    start = np.zeros(n + 1, np.int64)
+    for j in range(m):
+        for i in range(first[j], last[j]):
+            if e_len[j] == x_len[i]:
+                start[i + 1] += 1
+    for i in range(n):
+        start[i + 1] += start[i]
+    fill = start[:-1].copy()
+    event = np.empty(start[n], np.int64)
+    for j in range(m):
+        for i in range(first[j], last[j]):
+            if e_len[j] == x_len[i]:
+                event[fill[i]] = j
+                fill[i] += 1
+    return start, event
+
+
+@njit(cache=True, nogil=True)
+def _heaviest_chain(x, x_len, e_len, e, first, last):
     """Heaviest strictly increasing set of (packet, event) edges, by a Fenwick tree over events: O(edges log events).
 
     An edge weighs 20 - log(1 + |stamp - expected| / 1 us): a match is worth more than any number of closer stamps.
     """
     n, m = len(x), len(e)
+    start, event = _edges_by_packet(x_len, e_len, first, last)
+    before = np.full(len(event), -1, np.int64)
+    weight = np.zeros(len(event), np.float64)
     # Fenwick tree of prefix maxima: best[k] is the edge that ends the heaviest chain among the events it covers.
     best = np.full(m + 1, -1, np.int64)
-    n_edges = 0
     for i in range(n):
-        for j in range(first[i], last[i]):
-            if e_len[j] == x_len[i] and low[j] <= x[i] <= high[j]:
-                n_edges += 1
-    edge_event = np.empty(n_edges, np.int64)
-    edge_packet = np.empty(n_edges, np.int64)
-    edge_before = np.empty(n_edges, np.int64)
-    edge_weight = np.empty(n_edges, np.float64)
-    n_candidates = np.zeros(n, np.int64)
-    n_claims = np.zeros(m, np.int64)
-    k = 0
-    for i in range(n):
-        start = k
-        for j in range(first[i], last[i]):
-            if e_len[j] != x_len[i] or x[i] < low[j] or x[i] > high[j]:
-                continue
-            # Best chain that ends at an event before j.
-            before, weight = -1, 0.0
-            at = j
+        for k in range(start[i], start[i + 1]):
+            at = event[k]
             while at > 0:
-                if best[at] >= 0 and edge_weight[best[at]] > weight:
-                    before, weight = best[at], edge_weight[best[at]]
+                if best[at] >= 0 and weight[best[at]] > weight[k]:
+                    before[k], weight[k] = best[at], weight[best[at]]
                 at -= at & -at
-            edge_event[k], edge_packet[k], edge_before[k] = j, i, before
-            edge_weight[k] = weight + 20.0 - np.log1p(abs(x[i] - e[j]) / 1000.0)
-            n_candidates[i] += 1
-            n_claims[j] += 1
-            k += 1
+            weight[k] += 20.0 - np.log1p(abs(x[i] - e[event[k]]) / 1000.0)
         # Only after all edges of this packet were weighed, so that no chain uses a packet twice.
-        for edge in range(start, k):
-            at = edge_event[edge] + 1
+        for k in range(start[i], start[i + 1]):
+            at = event[k] + 1
             while at <= m:
-                if best[at] < 0 or edge_weight[edge] > edge_weight[best[at]]:
-                    best[at] = edge
+                if best[at] < 0 or weight[k] > weight[best[at]]:
+                    best[at] = k
                 at += at & -at
+    packet = np.repeat(np.arange(n), np.diff(start))
     chosen = np.full(n, -1, np.int64)
-    end, weight = -1, -1.0
-    for edge in range(n_edges):
-        if edge_weight[edge] > weight:
-            end, weight = edge, edge_weight[edge]
+    end = np.argmax(weight) if len(weight) else -1
     while end >= 0:
-        chosen[edge_packet[end]] = edge_event[end]
-        end = edge_before[end]
+        chosen[packet[end]] = event[end]
+        end = before[end]
     taken = np.zeros(m, np.bool_)
     for i in range(n):
         if chosen[i] >= 0:
             taken[chosen[i]] = True
     ambiguous = np.zeros(n, np.bool_)
     for i in range(n):
-        if chosen[i] < 0 or n_candidates[i] < 2:
-            continue
-        for j in range(first[i], last[i]):
+        for k in range(start[i], start[i + 1]):
             # A free event that also fits: which of the two carried the packet cannot be known from order and length.
-            if not taken[j] and e_len[j] == x_len[i] and low[j] <= x[i] <= high[j]:
+            if chosen[i] >= 0 and not taken[event[k]]:
                 ambiguous[i] = True
     return chosen, ambiguous
