@@ -248,43 +248,60 @@ def _link_rps(path: KernelPath, events: Mapping[str, Columns]) -> None:
 
 
 def _link_socket(path: KernelPath, events: Mapping[str, Columns]) -> None:
-    """Link tcp_probe by (skbaddr, generation), then sk_data_ready on the CPU that queued the data."""
+    """Link tcp_probe by (skbaddr, generation): it names socket and ports."""
     probes = event_columns(events, "tcp:tcp_probe")
-    n = len(path.rank)
-    rx = STAGE_INDEX["netif_receive_skb"]
-    probe = np.full(n, -1, np.int64)
+    probe = np.full(len(path.rank), -1, np.int64)
     if "skbaddr" in probes:
         index = AsOf(probes["rank"], _field(probes, "skbaddr", np.uint64))
-        probe = index.first_after(path.rank[:, rx], path.columns["skbaddr"])
+        probe = index.first_after(path.rank[:, STAGE_INDEX["netif_receive_skb"]], path.columns["skbaddr"])
         probe = np.where(index.rank_of(probe, _NEVER) < path.columns["end_rank"], probe, -1)
     path.set_stage("tcp_rcv", probes, probe)
-    socket = pick(_field(probes, "skaddr", np.uint64), probe, 0)
-    ready = event_columns(events, "sock:sk_data_ready")
-    if "family" in ready:
-        # AF_UNIX, vsock and netlink data_ready nest in the same softirq: 14 of 20,000 were mis-linked without this.
-        ready = ready.take(np.isin(ready["family"], (2, 10)) & np.isin(ready["protocol"], (6, 17)))
-    everything = event_columns(events, "net:netif_receive_skb")
-    start_rank = np.where(probe >= 0, path.rank[:, STAGE_INDEX["tcp_rcv"]], path.rank[:, rx])
-    start_cpu = np.where(probe >= 0, path.cpu[:, STAGE_INDEX["tcp_rcv"]], path.cpu[:, rx])
-    others = AsOf(
-        np.concatenate([everything["rank"], probes["rank"]]), np.concatenate([everything["cpu"], probes["cpu"]])
-    )
-    limit = others.rank_of(others.first_after(start_rank, start_cpu), _NEVER)
-    index = AsOf(ready["rank"], ready["cpu"])
-    row = index.first_after(start_rank, start_cpu)
-    row = np.where(index.rank_of(row, _NEVER) < limit, row, -1)
-    ready_socket = pick(_field(ready, "skaddr", np.uint64), row, 0)
-    protocol = pick(_field(ready, "protocol", np.int64), row, 0)
-    # Without a probe of its own only a UDP socket can have been this packet's: TCP data that was merged has neither.
-    right = np.where(probe >= 0, (ready_socket == socket) & (protocol == 6), protocol == 17)
-    row = np.where(right, row, -1)
-    path.set_stage("data_ready", ready, row)
-    following = index.rank_of(index.first_after(index.rank_of(row, -1), start_cpu), _NEVER)
     path.columns = path.columns.with_columns(
-        socket=np.where(probe >= 0, socket, np.where(right, ready_socket, 0)).astype(np.uint64),
+        socket=pick(_field(probes, "skaddr", np.uint64), probe, 0),
         sport=pick(_field(probes, "sport", np.int64), probe, -1),
         dport=pick(_field(probes, "dport", np.int64), probe, -1),
         probe_len=pick(_field(probes, "data_len", np.int64), probe, -1),
         snd_una=pick(_field(probes, "snd_una", np.int64), probe, -1),
-        wake_limit=np.minimum(limit, following),
     )
+    _link_data_ready(path, events, probes)
+
+
+def _link_data_ready(path: KernelPath, events: Mapping[str, Columns], probes: Columns) -> None:
+    """Link sk_data_ready on the CPU that queued the data, and tell until when a wake-up there is this packet's."""
+    ready = event_columns(events, "sock:sk_data_ready")
+    everything = event_columns(events, "net:netif_receive_skb")
+    rx, rcv = STAGE_INDEX["netif_receive_skb"], STAGE_INDEX["tcp_rcv"]
+    row = np.full(len(path.rank), -1, np.int64)
+    socket = path.columns["socket"]
+    # AF_UNIX, vsock and netlink data_ready nest in the same softirq (14 of 20,000 mis-linked without this): only inet.
+    for protocol in (6, 17) if "family" in ready else ():
+        rows = np.flatnonzero(np.isin(ready["family"], (2, 10)) & (ready["protocol"] == protocol))
+        mine, sockets = ready.take(rows), _field(ready, "skaddr", np.uint64)[rows]
+        if protocol == 6:
+            # The socket lock keeps one segment's probe and data_ready together on its socket, whatever softirq comes between
+            # when the reader itself processes its backlog. An out-of-order segment has none before the next probe.
+            index = AsOf(mine["rank"], mine["cpu"], sockets)
+            start, cpu, wanted = path.rank[:, rcv], path.cpu[:, rcv], path.rank[:, rcv] >= 0
+            found = index.first_after(start, cpu, socket)
+            limits = AsOf(probes["rank"], probes["cpu"], _field(probes, "skaddr", np.uint64))
+            limit = limits.rank_of(limits.first_after(start, cpu, socket), _NEVER)
+        else:
+            index = AsOf(mine["rank"], mine["cpu"])
+            start, cpu, wanted = path.rank[:, rx], path.cpu[:, rx], path.rank[:, rcv] < 0
+            found = index.first_after(start, cpu)
+            following = AsOf(everything["rank"], everything["cpu"])
+            limit = following.rank_of(following.first_after(start, cpu), _NEVER)
+        found = np.where(wanted & (index.rank_of(found, _NEVER) < limit), found, -1)
+        row = np.where(found >= 0, pick(rows, found, -1), row)
+    path.set_stage("data_ready", ready, row)
+    path.columns = path.columns.with_columns(
+        socket=np.where(row >= 0, pick(_field(ready, "skaddr", np.uint64), row, 0), socket).astype(np.uint64),
+        wake_limit=_wake_limit(path, (everything, probes, ready)),
+    )
+
+
+def _wake_limit(path: KernelPath, others: tuple[Columns, ...]) -> np.ndarray:
+    """Return the rank of the first event after data_ready, on its CPU, that begins another packet's processing."""
+    at = STAGE_INDEX["data_ready"]
+    index = AsOf(np.concatenate([c["rank"] for c in others]), np.concatenate([c["cpu"] for c in others]))
+    return index.rank_of(index.first_after(path.rank[:, at], path.cpu[:, at]), _NEVER)
