@@ -82,16 +82,23 @@ def order_violations(time: np.ndarray, path_kind: np.ndarray) -> np.ndarray:
     return violated
 
 
+def distinct_bytes(position: np.ndarray, length: np.ndarray) -> int:
+    """Return how many bytes of a stream the segments cover, each counted once whatever was sent twice or overlaps."""
+    order = np.argsort(position, kind="stable")
+    end = position[order] + length[order]
+    reached = np.maximum.accumulate(end)
+    before = np.concatenate((position[order[:1]], reached[:-1]))
+    return int(np.maximum(end - np.maximum(position[order], before), 0).sum())
+
+
 def byte_sums(
-    flow: np.ndarray, consumed_len: np.ndarray, is_tcp: np.ndarray, bytes_copied: dict[int, int]
+    packets: Columns, consumed: np.ndarray, is_tcp: np.ndarray, bytes_copied: dict[int, int]
 ) -> dict[str, Any]:
-    """Compare per TCP flow the payload bytes of packets called consumed with the bytes the copy events moved."""
-    numbers, inverse = np.unique(flow[is_tcp], return_inverse=True)
-    sums = (
-        np.bincount(inverse, weights=consumed_len[is_tcp]).astype(np.int64) if len(numbers) else np.empty(0, np.int64)
-    )
+    """Compare per TCP flow the stream bytes of packets called consumed with the bytes the copy events moved."""
     rows = []
-    for number, wire in zip(numbers.tolist(), sums.tolist(), strict=True):
+    for number in np.unique(packets["flow"][is_tcp]).tolist():
+        mine = np.flatnonzero(consumed & is_tcp & (packets["flow"] == number))
+        wire = distinct_bytes(packets["position"][mine], packets["payload_len"][mine].astype(np.int64))
         copied = bytes_copied.get(number, 0)
         if wire or copied:
             rows.append({"flow": number, "pcap": wire, "copied": copied, "equal": wire == copied})

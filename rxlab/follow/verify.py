@@ -14,6 +14,7 @@ import numpy as np
 
 from rxlab.errors import FormatError
 from rxlab.follow.clockfit import NAT
+from rxlab.follow.gates import distinct_bytes
 from rxlab.follow.join import Joined
 from rxlab.follow.status import FLAGGED, NOT_COUNTED, TCP, UDP
 from rxlab.read.columns import Columns
@@ -206,7 +207,10 @@ def _log_sums_equal(joined: Joined, app_log: np.ndarray, call: np.ndarray) -> bo
         flow = [
             f for f in range(joined.flows.n) if (joined.flows["sport"][f], joined.flows["dport"][f]) == (peer, local)
         ]
-        wire = int(columns["payload_len"][owners & np.isin(columns["flow"], flow)].astype(np.int64).sum())
+        rows = np.flatnonzero(owners & np.isin(columns["flow"], flow))
+        length = columns["payload_len"][rows].astype(np.int64)
+        is_stream = bool((columns["proto"][rows] == TCP).all())
+        wire = distinct_bytes(columns["position"][rows], length) if is_stream else int(length.sum())
         if wire != int(np.maximum(app_log["ret"][log], 0).astype(np.int64).sum()):
             return False
     return True

@@ -224,3 +224,34 @@ def test_every_path_is_joined_right(tmp_path: Path, proto: str, family: str, rps
     if proto == "udp":
         # Both are skb->tstamp: the identity of each datagram, to the nanosecond.
         assert result["scm_minus_pcap_ns"]["equal"] == result["scm_minus_pcap_ns"]["n"] >= 0.9 * 3000
+
+
+LOADS = {
+    "one message in many segments": ["--mode", "open", "--rate", "4000", "--messages", "5000", "--size", "8000"],
+    "the same through GRO": ["--mode", "open", "--rate", "4000", "--messages", "5000", "--size", "8000", "--gro"],
+    "many small messages in one read": ["--mode", "open", "--rate", "20000", "--messages", "12000", "--size", "200"],
+    "eight connections": ["--flows", "8", "--messages", "600"],
+    "more datagrams than the reader takes": [
+        "--proto",
+        "udp",
+        "--mode",
+        "open",
+        "--rate",
+        "25000",
+        "--messages",
+        "12000",
+    ],
+}
+
+
+@pytest.mark.parametrize("rps", ["off", "on"])
+@pytest.mark.parametrize("load", LOADS)
+def test_load_is_joined_right(tmp_path: Path, load: str, rps: str) -> None:
+    """Socket-backlog merging, GRO, coalesced reads, full queues: the rows that claim a receive call claim the true one."""
+    setting = f"rps_cpus={max(os.sched_getaffinity(0)) if rps == 'on' else 'off'}"
+    done = rxlab("capture", "-o", str(tmp_path / "run"), "--testbed", "--idle", "spin", "--set", setting, *LOADS[load])
+    assert done.returncode == 0, done.stderr + done.stdout
+    result = open_run(tmp_path / "run").verify()
+    assert result["misjoined"] == 0
+    assert result["checked"] >= 0.98 * seen(result)
+    assert result["byte_sums_equal"] or result["statuses"].get("blind", 0) > 0
