@@ -1,0 +1,449 @@
+"""Two clocks without cross-stamps: the lower envelope of (event - stamp) over matched packets.
+
+A packet's event comes after its stamp, so every difference lies above clock offset + smallest delay. The curve that runs
+closest below all of them is the offset up to that unknown smallest delay: times are *excess over the fastest packet*, never
+absolute. A rigid clock is a line below the convex hull (Moon 1999, Zhang 2002); a steered one bends, and gets a continuous
+piecewise linear curve found by linear programming. Stamps that are too late would pull the curve down; they are cut first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from rxlab.errors import ClockError
+
+KNOT_NS = 1_000_000_000
+# Weight of one ppb of unrest against one ns of mean gap. Unrest is a change of bend from knot to knot (a steered clock bends
+# steadily, a floor that shifts for some seconds does not), and to a lesser share the bend itself.
+PENALTY = 1.0
+BEND_SHARE = 0.1
+# The envelope must come this much closer to the packets than a straight line to be believed.
+MIN_GAIN_NS = 10.0
+# Steps are searched in minima of blocks of this many packets.
+BLOCK = 32
+# Outliers are judged in windows this long, but of so many packets: few enough that two outliers are seldom as good as equal.
+WINDOW_NS = 250_000_000
+MIN_WINDOW, MAX_WINDOW = 32, 512
+# A packet that has this many others of its window within NEAR_NS above it is no outlier.
+COMPANY = 2
+# A change of level is a step of a clock when no drift and no stall explains it.
+MIN_STEP_NS = 100_000
+MAX_DRIFT = 500e-6
+STEP_WINDOW_NS = 500_000_000
+# The floor is sparse where fewer packets than this lie within NEAR_NS of the curve, per knot.
+MIN_SUPPORT = 3
+NEAR_NS = 100
+MIN_PACKETS = 64
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """The event's clock minus the stamp's clock, plus the smallest delay, as a continuous curve per segment.
+
+    Attributes
+    ----------
+    knots : int64 array, dims (knot,), nanoseconds of the stamp's clock
+    offset : float64 array, dims (knot,), nanoseconds above `origin`
+        Value of the curve at each knot; straight in between.
+    segment : int64 array, dims (knot,)
+        Which segment a knot belongs to; a new one starts where a clock was stepped.
+    start_event : int64 array, dims (segment,), nanoseconds of the event's clock
+        First event of each segment.
+    origin : int
+        Constant part of the offset, kept apart because float64 cannot hold nanoseconds since 1970.
+    bound_ns : float
+        The curve follows the true offset to within this, up to one unknown constant (the smallest delay).
+    method : {"hull", "envelope"}
+    flags : tuple of str
+        ``sparse_floor``: too few fast packets to carry the curve, or none can be told from outliers. ``short``: a segment
+        has too few packets for a drift.
+    uncertain : int64 array, dims (step, 2), nanoseconds of the stamp's clock
+        Where a step happened.
+    quantum_ns : int
+        Resolution of the stamps.
+    n_outliers, n_packets : int
+    gain_ns : float
+        By how much the envelope lowers the mean gap of a straight line.
+    support : int64 array, dims (knot interval,)
+        Packets within `NEAR_NS` of the curve.
+    """
+
+    knots: np.ndarray
+    offset: np.ndarray
+    segment: np.ndarray
+    start_event: np.ndarray
+    origin: int
+    bound_ns: float
+    method: str
+    flags: tuple[str, ...]
+    uncertain: np.ndarray
+    quantum_ns: int
+    n_outliers: int
+    n_packets: int
+    gain_ns: float
+    support: np.ndarray
+
+    def offset_at(self, stamp: np.ndarray, event: np.ndarray | None = None) -> np.ndarray:
+        """Return the curve at stamps, in whole nanoseconds (int64); beyond the ends the last slopes continue.
+
+        After a step backwards the same stamps occur twice: `event`, if only roughly when, tells which was meant.
+        """
+        heads = np.flatnonzero(np.diff(self.segment, prepend=-1))
+        if event is None:
+            starts = self.knots[heads].copy()
+            starts[0] = np.iinfo(np.int64).min
+            which = np.searchsorted(np.maximum.accumulate(starts), stamp, side="right") - 1
+        else:
+            which = np.maximum(np.searchsorted(self.start_event, event, side="right") - 1, 0)
+        result = np.empty(len(stamp), np.int64)
+        for number in range(len(heads)):
+            rows = np.flatnonzero(which == number)
+            inside = self.segment == number
+            x = self.knots[inside] - self.knots[heads[number]]
+            at = stamp[rows] - self.knots[heads[number]]
+            result[rows] = np.rint(_interpolate(at.astype(np.float64), x.astype(np.float64), self.offset[inside]))
+        return result + self.origin
+
+    def to_event_clock(self, stamp: np.ndarray, event: np.ndarray | None = None) -> np.ndarray:
+        """Return when the event of the fastest possible packet with each stamp would come, int64 ns of the event's clock."""
+        return stamp + self.offset_at(stamp, event)
+
+    def excess(self, stamp: np.ndarray, event: np.ndarray) -> np.ndarray:
+        """Return each packet's delay in excess of the fastest packet's, int64 ns."""
+        return event - self.to_event_clock(stamp, event)
+
+
+def _interpolate(at: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Interpolate linearly, and extrapolate with the first and last slopes."""
+    if len(x) < 2:
+        return np.full(len(at), y[0])
+    left = np.clip(np.searchsorted(x, at, side="right") - 1, 0, len(x) - 2)
+    return y[left] + (at - x[left]) * ((y[left + 1] - y[left]) / (x[left + 1] - x[left]))
+
+
+def fit_envelope(
+    stamp: np.ndarray,
+    event: np.ndarray,
+    *,
+    knot_ns: int = KNOT_NS,
+    penalty: float = PENALTY,
+    method: str = "auto",
+) -> Envelope:
+    """Fit the offset between two clocks to matched packets, from below.
+
+    Parameters
+    ----------
+    stamp : int64 array, dims (packet,), nanoseconds of one clock
+    event : int64 array, dims (packet,), nanoseconds of another
+        An event that follows the stamp: the receiving CPU's earliest, never one after RPS.
+    knot_ns : int
+        Distance of the knots of the curve.
+    penalty : float
+        Price of unrest.
+    method : {"auto", "hull", "envelope"}
+        "auto" takes the envelope where it is closer to the packets than a straight line by `MIN_GAIN_NS`.
+
+    Raises
+    ------
+    ClockError
+        There are fewer than `MIN_PACKETS` packets.
+    """
+    if len(stamp) < MIN_PACKETS:
+        raise ClockError(
+            "too few matched packets to fit two clocks", found=str(len(stamp)), expected=f"at least {MIN_PACKETS}"
+        )
+    order = np.argsort(event, kind="stable") if (np.diff(event) < 0).any() else slice(None)
+    stamp, event = np.asarray(stamp[order], np.int64), np.asarray(event[order], np.int64)
+    delay = event - stamp
+    # Never float64 of absolute nanoseconds: 256 ns are lost on a clock that counts from 1970.
+    origin = int(delay[0])
+    relative = (delay - origin).astype(np.float64)
+    edges = _find_steps(event, relative)
+    quantum = int(np.gcd.reduce(np.diff(stamp))) if len(stamp) > 1 else 1
+    parts = [
+        _fit_segment(stamp[low:high], relative[low:high], knot_ns, penalty, method, max(quantum, 1))
+        for low, high in zip(edges[:-1], edges[1:], strict=True)
+    ]
+    uncertain = np.array([np.sort(stamp[[edge - 1, edge]]) for edge in edges[1:-1]], np.int64).reshape(-1, 2)
+    return Envelope(
+        knots=np.concatenate([part.knots for part in parts]),
+        offset=np.concatenate([part.offset for part in parts]),
+        segment=np.repeat(np.arange(len(parts)), [len(part.knots) for part in parts]),
+        start_event=event[edges[:-1]],
+        origin=origin,
+        bound_ns=max(part.bound for part in parts),
+        method="envelope" if any(part.is_bent for part in parts) else "hull",
+        flags=tuple(sorted({flag for part in parts for flag in part.flags})),
+        uncertain=uncertain,
+        quantum_ns=max(quantum, 1),
+        n_outliers=sum(part.n_outliers for part in parts),
+        n_packets=len(stamp),
+        gain_ns=max(part.gain for part in parts),
+        support=np.concatenate([part.support for part in parts]),
+    )
+
+
+def _find_steps(event: np.ndarray, delay: np.ndarray) -> list[int]:
+    """Return the edges of the segments between clock steps: [0, first packet after a step, ..., n].
+
+    Minima over `STEP_WINDOW_NS` before and after are compared: a stall lifts some packets and ends; a step does not.
+    """
+    from scipy.ndimage import minimum_filter1d
+
+    n = len(delay)
+    n_blocks = n // BLOCK
+    reach = max(8, int(n_blocks * STEP_WINDOW_NS / max(int(event[-1] - event[0]), 1)))
+    if n_blocks < 2 * reach:
+        # A capture this short is searched packet by packet for what nothing but a step can be.
+        jumps = np.flatnonzero(np.abs(np.diff(delay)) > 1e9)
+        return [0, *(jumps + 1).tolist(), n]
+    minima = delay[: n_blocks * BLOCK].reshape(n_blocks, BLOCK).min(axis=1)
+    # lows[k]: lowest of blocks k .. k + reach - 1
+    lows = minimum_filter1d(minima, reach, origin=-(reach // 2))[: n_blocks - reach + 1]
+    begin = event[: n_blocks * BLOCK : BLOCK]
+    change = lows[reach:] - lows[:-reach]
+    # Between the ends of the two windows a drifting clock may move this much.
+    span = begin[2 * reach - 1 :] - begin[: n_blocks - 2 * reach + 1]
+    excess = np.abs(change) - MIN_STEP_NS - MAX_DRIFT * span.astype(np.float64)
+    edges, at = [0], 0
+    while at < len(excess):
+        if excess[at] <= 0:
+            at += 1
+            continue
+        stop = at
+        while stop < len(excess) and excess[stop] > 0:
+            stop += 1
+        peak = at + int(np.argmax(excess[at:stop]))
+        low, high = max(edges[-1], at * BLOCK), min(n, (stop + 2 * reach) * BLOCK)
+        middle = lows[peak] + change[peak] / 2
+        # The split that leaves fewest packets on the wrong side of the middle.
+        side = np.where((delay[low:high] > middle) == (change[peak] > 0), 1, -1)
+        split = low + int(np.argmin(np.concatenate(([0], np.cumsum(side)))))
+        if split - edges[-1] > 0 and split < n:
+            edges.append(split)
+        at = stop + 1
+    return [*edges, n]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The fit of one segment."""
+
+    knots: np.ndarray
+    offset: np.ndarray
+    bound: float
+    is_bent: bool
+    flags: tuple[str, ...]
+    n_outliers: int
+    gain: float
+    support: np.ndarray
+
+
+def _fit_segment(
+    stamp: np.ndarray, delay: np.ndarray, knot_ns: int, penalty: float, method: str, quantum: int
+) -> _Part:
+    """Fit one segment between steps."""
+    order = np.argsort(stamp, kind="stable")
+    start, span = int(stamp[order[0]]), int(stamp[order[-1]] - stamp[order[0]])
+    if len(stamp) < MIN_PACKETS or span == 0:
+        level = float(delay.min())
+        return _Part(
+            np.array([start]), np.array([level]), float(np.ptp(delay)), False, ("short", "sparse_floor"), 0, 0.0,
+            np.zeros(1, np.int64),
+        )  # fmt: skip
+    x = (stamp[order] - start).astype(np.float64)
+    slope = _coarse_slope(x, delay[order])
+    # Without the drift every number is small, and the hulls are exact in float64.
+    y = delay[order] - slope * x
+    keep, near = _cut_outliers(x, y, quantum)
+    n_outliers = int((~keep).sum())
+    x, y = x[keep], y[keep]
+    n_intervals = max(1, round(span / knot_ns))
+    line = np.array([0.0, x[-1]])
+    straight = _solve(x, y, line, 0.0)
+    knots, curve, gain, doubt = line, straight, 0.0, 0.0
+    if n_intervals > 1 and method != "hull":
+        bent_knots = np.linspace(0.0, x[-1], n_intervals + 1)
+        bent = _solve(x, y, bent_knots, penalty)
+        gain = float(np.mean(np.interp(x, bent_knots, bent) - np.interp(x, line, straight)))
+        if method == "envelope" or gain > MIN_GAIN_NS:
+            knots, curve = bent_knots, bent
+        else:
+            # The bends that were not worth believing may be real.
+            apart = bent - np.interp(bent_knots, line, straight)
+            doubt = float(np.abs(apart - np.mean(apart)).max())
+    is_bent = len(knots) > 2
+    bound = doubt + _bound(x, y, knots, curve, penalty) + quantum / 16 + (near / 4 if n_outliers else 0.0) + 2.0
+    flags, support = _judge_floor(x, y - np.interp(x, knots, curve), max(n_intervals, 1), quantum)
+    whole = np.rint(knots)
+    return _Part(
+        start + whole.astype(np.int64), curve + slope * whole, bound, is_bent, flags, n_outliers, gain, support
+    )
+
+
+def _coarse_slope(x: np.ndarray, delay: np.ndarray) -> float:
+    """Return the median slope between low quantiles of up to 100 equal groups of packets (Theil)."""
+    size = max(16, len(x) // 100)
+    n = len(x) // size
+    rank = size // 5
+    low = np.partition(delay[: n * size].reshape(n, size), rank, axis=1)[:, rank]
+    middle = x[: n * size].reshape(n, size).mean(axis=1)
+    first, second = np.triu_indices(n, 1)
+    distance = middle[second] - middle[first]
+    apart = distance > 0
+    if not apart.any():
+        return 0.0
+    return float(np.median((low[second] - low[first])[apart] / distance[apart]))
+
+
+def _cut_outliers(x: np.ndarray, y: np.ndarray, quantum: int) -> tuple[np.ndarray, float]:
+    """Tell which packets are not alone below the floor, and within which distance company counts.
+
+    In each window the lowest packet that has company is the floor's level. Isolated packets below it are
+    outliers: nothing else tells a late stamp from a fast packet.
+    """
+    size = int(np.clip(len(x) * WINDOW_NS / max(x[-1], 1.0), MIN_WINDOW, MAX_WINDOW))
+    n = len(y) // size
+    if n < 2:
+        return np.ones(len(y), bool), 0.0
+    depth = min(size - 1, 48)
+    low = np.sort(np.partition(y[: n * size].reshape(n, size), depth, axis=1)[:, : depth + 1], axis=1)
+    # A dense floor needs no wide net.
+    near = min(max(6 * float(np.median(low[:, COMPANY] - low[:, 0])), 20.0), NEAR_NS + quantum / 8)
+    has_company = low[:, COMPANY:] - low[:, :-COMPANY] <= near
+    found = has_company.any(axis=1)
+    if found.sum() < 2:
+        return np.ones(len(y), bool), 0.0
+    first = has_company.argmax(axis=1)
+    level = low[np.arange(n), first]
+    centre = x[: n * size].reshape(n, size).mean(axis=1)
+    floor = np.interp(x, centre[found], level[found])
+    return y >= floor - near / 2, near
+
+
+@njit(cache=True, nogil=True)
+def _hull_vertices(x, y, edges):
+    """Indices of the lower convex hull of the points of each interval; x ascending, edges are positions in it."""
+    result = np.empty(len(x), np.int64)
+    n = 0
+    for part in range(len(edges) - 1):
+        base = n
+        for i in range(edges[part], edges[part + 1]):
+            while n - base >= 2:
+                a, b = result[n - 2], result[n - 1]
+                if (x[b] - x[a]) * (y[i] - y[a]) - (y[b] - y[a]) * (x[i] - x[a]) > 0:
+                    break
+                n -= 1
+            result[n] = i
+            n += 1
+    return result[:n]
+
+
+def _solve(x: np.ndarray, y: np.ndarray, knots: np.ndarray, penalty: float) -> np.ndarray:
+    """Return the values at the knots of the highest curve below all points, less a price for its bends.
+
+    A linear programme: maximise the mean of the curve at the minima of windows; the constraints at each interval's hull
+    vertices imply all others.
+    """
+    from scipy.optimize import linprog
+    from scipy.sparse import coo_array, eye_array, hstack, vstack
+
+    n = len(knots)
+    edges = np.searchsorted(x, knots, side="left")
+    edges[0], edges[-1] = 0, len(x)
+    vertices = _hull_vertices(x, y, edges)
+    if n == 2:
+        return _hull_line(x[vertices], y[vertices], float(x.mean()), knots)
+
+    def weights(at: np.ndarray) -> coo_array:
+        left = np.clip(np.searchsorted(knots, at, side="right") - 1, 0, n - 2)
+        share = (at - knots[left]) / (knots[left + 1] - knots[left])
+        rows = np.arange(len(at))
+        return coo_array(
+            (np.concatenate([1 - share, share]), (np.tile(rows, 2), np.concatenate([left, left + 1]))),
+            shape=(len(at), n),
+        )
+
+    where = _window_minima(x, y, max(4, 4 * (n - 1)))
+    gain = np.asarray(weights(x[where]).sum(axis=0)).ravel() / len(where)
+    below = weights(x[vertices])
+    prices = [(_differences(knots, 2), penalty * BEND_SHARE / (n - 2))]
+    if n > 3:
+        prices.append((_differences(knots, 3), penalty / (n - 3)))
+    unrest = vstack([rows for rows, _ in prices])
+    price = np.concatenate([np.full(rows.shape[0], each) for rows, each in prices])
+    unit = eye_array(len(price))
+    nothing = coo_array((len(vertices), len(price)))
+    matrix = vstack([hstack([below, nothing]), hstack([unrest, -unit]), hstack([-unrest, -unit])]).tocsr()
+    limit = np.concatenate([y[vertices], np.zeros(2 * len(price))])
+    cost = np.concatenate([-gain, price])
+    bounds = [(None, None)] * n + [(0, None)] * len(price)
+    found = linprog(cost, A_ub=matrix, b_ub=limit, bounds=bounds, method="highs")
+    if not found.success:
+        raise ClockError("the envelope of two clocks has no solution", found=str(found.message))
+    return np.asarray(found.x[:n])
+
+
+def _differences(knots: np.ndarray, order: int) -> Any:
+    """Return the matrix from values at equidistant knots to changes of slope in ppb (order 2), or to their changes (3)."""
+    from scipy.sparse import coo_array
+
+    coefficients = {2: (1.0, -2.0, 1.0), 3: (-1.0, 3.0, -3.0, 1.0)}[order]
+    rows = np.arange(len(knots) - order)
+    per_second = 1e9 / (knots[1] - knots[0])
+    return coo_array(
+        (
+            np.repeat(coefficients, len(rows)) * per_second,
+            (np.tile(rows, order + 1), np.concatenate([rows + at for at in range(order + 1)])),
+        ),
+        shape=(len(rows), len(knots)),
+    )
+
+
+def _hull_line(x: np.ndarray, y: np.ndarray, middle: float, knots: np.ndarray) -> np.ndarray:
+    """Return the line through the hull's edge below the middle of the packets: the highest line below them all."""
+    if len(x) == 1:
+        return np.full(len(knots), y[0])
+    edge = int(np.clip(np.searchsorted(x, middle, side="right") - 1, 0, len(x) - 2))
+    return y[edge] + (knots - x[edge]) * (y[edge + 1] - y[edge]) / (x[edge + 1] - x[edge])
+
+
+def _window_minima(x: np.ndarray, y: np.ndarray, n_windows: int) -> np.ndarray:
+    """Return the index of the lowest point of each of equally long windows that has any."""
+    window = np.minimum((x * (n_windows / x[-1])).astype(np.int64), n_windows - 1)
+    starts = np.flatnonzero(np.diff(window, prepend=-1))
+    lowest = np.repeat(np.minimum.reduceat(y, starts), np.diff(starts, append=len(y)))
+    at = np.flatnonzero(y == lowest)
+    return at[np.diff(window[at], prepend=-1) > 0]
+
+
+def _bound(x: np.ndarray, y: np.ndarray, knots: np.ndarray, curve: np.ndarray, penalty: float) -> float:
+    """Return how far the curve may be from the truth, one constant apart, before quantisation and outliers.
+
+    Three parts: the distance of the curves of the two halves of the packets (statistics); the second difference, an eighth of
+    which lies between a curve and its chord; and the gaps above the curve, where a bend of the clock or a slower floor may
+    hide. The factors were calibrated on perturbed captures, for 99 %: a line has little freedom, a curve has more.
+    """
+    halves = [_solve(x[part::2], y[part::2], np.append(knots[:-1], x[part::2][-1]), penalty) for part in (0, 1)]
+    apart = halves[0] - halves[1]
+    split = float(np.abs(apart - np.mean(apart)).max())
+    lowest = _window_minima(x, y, max(4, 4 * round(float(x[-1]) / KNOT_NS)))
+    gap = float(np.quantile(y[lowest] - np.interp(x[lowest], knots, curve), 0.9))
+    if len(knots) == 2:
+        return 1.5 * split + 0.3 * gap
+    return 0.5 * split + 2.5 / 8 * float(np.abs(np.diff(curve, 2)).max()) + 1.5 * gap + 2.0
+
+
+def _judge_floor(
+    x: np.ndarray, excess: np.ndarray, n_intervals: int, quantum: int
+) -> tuple[tuple[str, ...], np.ndarray]:
+    """Count the packets near the curve per knot interval, and flag a floor too sparse to tell fast packets from outliers."""
+    near = excess <= NEAR_NS + quantum / 8
+    interval = np.minimum((x * (n_intervals / x[-1])).astype(np.int64), n_intervals - 1)
+    support = np.bincount(interval[near], minlength=n_intervals)
+    is_sparse = np.quantile(support, 0.1) < MIN_SUPPORT
+    return (("sparse_floor",) if is_sparse else ()), support
