@@ -167,15 +167,19 @@ class Testbed:
             f"addr add {end.ipv6}/64 dev {end.iface} nodad",
             f"link set {end.iface} up",
         ]
-        self._run(["ip", "-n", str(end.netns), "-batch", "-"], stdin="\n".join(lines) + "\n")
+        self._run(self._ip(end, "-batch", "-"), stdin="\n".join(lines) + "\n")
         if self.gro:
             # A veth hands packets to the peer's NAPI only when its own sender does not segment (drivers/net/veth.c).
             self._run(end.command(["ethtool", "-K", end.iface, "gro", "on", "tso", "off"]))
 
     def _verify(self, end: Endpoint) -> None:
-        state = self._run(["ip", "-n", str(end.netns), "-o", "link", "show", "dev", end.iface])
+        state = self._run(self._ip(end, "-o", "link", "show", "dev", end.iface))
         if "LOWER_UP" not in state:
             raise CaptureError("the testbed's link did not come up", where=end.iface, found=state, expected="LOWER_UP")
+
+    @staticmethod
+    def _ip(end: Endpoint, *arguments: str) -> list[str]:
+        return ["ip", *(["-n", end.netns] if end.netns else []), *arguments]
 
     def _run(self, argv: Sequence[str], *, stdin: str | None = None) -> str:
         environment = self._registry.environment() if self._registry is not None else None
