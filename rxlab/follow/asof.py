@@ -6,6 +6,7 @@ Ranks are positions in the recording's global order (time, CPU, file offset), so
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 
 
 class AsOf:
@@ -20,34 +21,37 @@ class AsOf:
 
     Notes
     -----
-    Groups become dense codes and the key ``code * span + rank`` is searched, as in pandas.merge_asof but for many groups in
-    one vectorised call. Rows of the look-up side whose group never occurs here find nothing (-1).
+    Groups become dense codes by hashing and the key ``code * span + rank`` is searched, as in pandas.merge_asof but for many
+    groups in one vectorised call. Rows of the look-up side whose group never occurs here find nothing (-1).
     """
 
     def __init__(self, rank: np.ndarray, *groups: np.ndarray) -> None:
-        self._tables: list[np.ndarray] = []
-        self._sizes: list[int] = []
+        self._rank = np.asarray(rank, np.int64)
+        self._tables: list[pd.Index] = []
         code = np.zeros(len(rank), np.int64)
         for group in groups:
-            table, inverse = np.unique(group, return_inverse=True)
-            self._tables.append(table)
-            code = code * (len(table) + 1) + inverse
-        self._span = int(rank.max()) + 2 if len(rank) else 2
-        key = code * self._span + rank
-        self._order = np.argsort(key, kind="stable")
-        self._key = key[self._order]
-        self._rank = np.asarray(rank, np.int64)
+            codes, values = pd.factorize(group)
+            self._tables.append(pd.Index(values))
+            code = code * max(len(values), 1) + codes
+        self._span = int(self._rank.max()) + 2 if len(rank) else 2
+        self._order = self._sort(code)
+        self._key = (code * self._span + self._rank)[self._order]
+
+    def _sort(self, code: np.ndarray) -> np.ndarray:
+        """Return the order of the keys. Rows of one event come in rank order: a stable sort by code is then enough."""
+        is_ranked = bool((self._rank[1:] > self._rank[:-1]).all())
+        if is_ranked and (not len(code) or code.max() < 1 << 16):
+            return np.argsort(code.astype(np.uint16), kind="stable")  # a radix sort: linear
+        return np.argsort(code * self._span + self._rank, kind="stable")
 
     def _locate(self, rank: np.ndarray, groups: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
         """Return the key of each look-up row's group and whether the group exists."""
         code = np.zeros(len(rank), np.int64)
         known = np.ones(len(rank), bool)
         for table, group in zip(self._tables, groups, strict=True):
-            if not len(table):
-                return code, np.zeros(len(rank), bool)
-            at = np.minimum(np.searchsorted(table, group), len(table) - 1)
-            known &= table[at] == group
-            code = code * (len(table) + 1) + at
+            at = table.get_indexer(pd.Index(group))
+            known &= at >= 0
+            code = code * max(len(table), 1) + at
         return code * self._span, known
 
     def last_before(self, rank: np.ndarray, *groups: np.ndarray, inclusive: bool = False) -> np.ndarray:
