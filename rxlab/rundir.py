@@ -7,8 +7,11 @@ A run directory is what capture leaves and analysis reads; nothing else passes b
     "testbed": {...}|null, "iface", "netns": path|null, "local_macs": [str], "local_addresses": [str],
     "arm": "untraced"|"pcap"|"min"|"std"|"full", "workload": {"name", "proto", ...}|null, "configuration": {setting: value},
     "start_ns", "stop_ns" (CLOCK_REALTIME), "perf": {"version", "argv", "exit_code", "events": [str], "missing_events": [str],
-    "lost": int|null}|null, "tcpdump": {"version", "argv", "exit_code", "captured", "received", "dropped"}|null,
-    "idle": {"asked", "spinners": bool}, "asked": {...}, "got": {...}}``
+    "filters": {event: expression}, "pages", "stderr", "lost": int|null}|null, "tcpdump": {"version", "argv", "exit_code",
+    "captured", "received", "dropped", "fence": {"captured", "received"}, "copies", "stderr"}|null, "idle": {"asked",
+    "spinners": bool}, "sweep": {"cell", "repetition"}|null, "asked": {...}, "got": {"settings", "restored": bool, ...}}``.
+    ``fence`` are tcpdump's counts when every packet of the traffic was written; on live traffic more may come until it
+    ends. ``copies`` is how often the kernel shows a packet to a tap (2 on lo, of which libpcap hides one).
 ``host.json``
     ``{"schema_version", "kernel", "hostname", "cpus": [{"cpu", "core", "package", "llc", "node", "online"}], "ifaces": {name:
     {"mac", "addresses", "driver", "bus", "queues": [{"queue", "irq", "irq_cpus", "rps_cpus", "rps_flow_cnt", "xps_cpus"}],
@@ -26,6 +29,8 @@ A run directory is what capture leaves and analysis reads; nothing else passes b
     as written by perf and tcpdump.
 ``run.nc``, ``verify.json``
     left by analysis: the dataset (docs/schema.md) and the verification of its join.
+``command.log``
+    what a command given as workload printed.
 ``app.log``, ``client.log``
     the workload's own logs, :data:`APP_LOG_FIELDS` and :data:`CLIENT_LOG_FIELDS`: the ground truth.
 """
