@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
-from rxlab.errors import CaptureError
+from rxlab.errors import CaptureError, UsageError
+from rxlab.record.ports import PortsTestbed, open_testbed, parse_ports
 from rxlab.record.testbed import Endpoint, Testbed, in_netns, run_checked
 
 
@@ -98,3 +101,81 @@ def test_a_failing_command_is_quoted_with_its_complaint() -> None:
     with pytest.raises(CaptureError, match="no such thing"):
         run_checked([sys.executable, "-c", script])
     assert run_checked([sys.executable, "-c", "print(input())"], stdin="hello\n") == "hello\n"
+
+
+def test_ports_are_named_by_sender_and_captured_port() -> None:
+    assert parse_ports("ports:eth0,eth1") == ("eth0", "eth1")
+    bed = open_testbed("ports:eth0,eth1")
+    assert isinstance(bed, PortsTestbed)
+    assert (bed.src.iface, bed.dst.iface, bed.dst.netns) == ("eth0", "eth1", None)
+    assert bed.describe()["kind"] == "ports"
+    assert open_testbed("").kind == "veth"
+
+
+@pytest.mark.parametrize("text", ["ports:eth0", "ports:eth0,eth0", "ports:eth0,", "ports:a,b,c", "cable:a,b"])
+def test_other_words_for_ports_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="ports:IF1,IF2"):
+        open_testbed(text)
+
+
+def test_gro_belongs_to_the_veth_testbed() -> None:
+    with pytest.raises(UsageError, match="veth"):
+        open_testbed("ports:eth0,eth1", gro=True)
+
+
+class Ports:
+    """Stands in for two ports of the host: their folders in sysfs and the commands they are told."""
+
+    def __init__(self, sysfs: Path, *names: str) -> None:
+        self.sysfs, self.commands = sysfs, list[list[str]]()
+        self.addresses: list[dict[str, str]] = []
+        for name in names:
+            (sysfs / name).mkdir()
+            (sysfs / name / "flags").write_text("0x1003\n" if name == "up0" else "0x1002\n")
+            (sysfs / name / "mtu").write_text("9000\n")
+
+    def run(self, argv: list[str], **options: object) -> str:
+        self.commands.append(argv)
+        if "-json" in argv:
+            return json.dumps([{"addr_info": self.addresses}])
+        return "<BROADCAST,UP,LOWER_UP>" if "show" in argv else ""
+
+
+@pytest.fixture
+def ports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ports:
+    """Ports ``up0`` and ``down0`` of a made-up host."""
+    made = Ports(tmp_path, "up0", "down0")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(shutil, "which", lambda name: "/sbin/ip")
+    monkeypatch.setattr("rxlab.record.testbed.run_checked", made.run)
+    monkeypatch.setattr("rxlab.record.ports.SYS_NET", tmp_path)
+    return made
+
+
+def test_the_sending_port_moves_and_both_are_left_as_they_were(ports: Ports) -> None:
+    registry = Registered()
+    with PortsTestbed("up0", "down0", registry=registry) as bed:
+        assert registry.told == [bed.src.netns]
+        assert ["ip", "link", "set", "dev", "up0", "netns", bed.src.netns] in ports.commands
+        assert not any("down0" in command and "netns" in command for command in ports.commands)
+        assert bed.mtu == 9000
+        ports.commands.clear()
+    assert ports.commands[-4:] == [
+        ["ip", "addr", "flush", "dev", "up0"],
+        ["ip", "link", "set", "dev", "up0", "up"],
+        ["ip", "addr", "flush", "dev", "down0"],
+        ["ip", "link", "set", "dev", "down0", "down"],
+    ]
+
+
+def test_a_port_with_an_address_is_refused_and_left_alone(ports: Ports) -> None:
+    ports.addresses = [{"local": "192.0.2.7", "scope": "global"}]
+    with pytest.raises(CaptureError, match=r"192\.0\.2\.7"), PortsTestbed("up0", "down0"):
+        pass
+    assert [command for command in ports.commands if "-json" not in command] == []
+
+
+def test_a_port_that_is_not_there_is_refused(ports: Ports) -> None:
+    with pytest.raises(CaptureError, match="no such interface"), PortsTestbed("up0", "gone0"):
+        pass
+    assert not any("netns" in command for command in ports.commands)

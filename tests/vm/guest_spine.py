@@ -1,0 +1,42 @@
+"""Runs in the guest: one capture over ``ports:`` with the built-in workload; the folder to fill is the only argument.
+
+Settings come by the environment: ``SPINE_WORKLOAD`` (JSON of :class:`rxlab.record.workload.Workload`), ``SPINE_EVENTS``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from rxlab.host.journal import apply
+from rxlab.record.capture import capture
+from rxlab.record.ports import open_testbed
+from rxlab.record.workload import Workload
+
+
+def main() -> None:
+    """Record ``run`` in the folder given."""
+    folder = Path(sys.argv[1])
+    wanted = json.loads(os.environ.get("SPINE_WORKLOAD", "{}"))
+    sender, captured = os.environ["GUEST_PEER"], os.environ["GUEST_NIC"]
+    with (
+        apply(journal_dir=folder / "journal") as journal,
+        open_testbed(f"ports:{sender},{captured}", registry=journal) as bed,
+    ):
+        Path(folder, "interrupts").write_text(Path("/proc/interrupts").read_text())
+        run = capture(
+            folder / "run",
+            testbed=bed,
+            workload=Workload(**{"messages": 300, "timeout": 5.0, **wanted}),
+            events=os.environ.get("SPINE_EVENTS", "std"),
+            idle="off",
+            pages=512,
+            transaction=journal,
+        )
+        print(run.run["status"], run.run["problems"])
+
+
+if __name__ == "__main__":
+    main()
