@@ -53,7 +53,9 @@ def test_interrupt_counters_equal_the_recorded_handler_entries(run: Run) -> None
     """Judge: the kernel's own /proc/interrupts, read before perf starts and after it ends, so never less than perf saw."""
     entries = run.perf.events["irq:irq_handler_entry"]
     recorded = Counter(entries["irq"].tolist())
-    counted = {int(irq): sum(cpus) for irq, cpus in run.counters["difference"]["interrupts"].items() if irq.isdigit()}
+    counted = {
+        int(irq): sum(row["cpus"]) for irq, row in run.counters["difference"]["interrupts"].items() if irq.isdigit()
+    }
     queues = {irq for irq in recorded if counted.get(irq)}
     assert queues
     assert all(counted[irq] >= recorded[irq] for irq in queues)
