@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rxlab.errors import MissingEventError
-from rxlab.follow import reader
+from rxlab.follow import queues
 from rxlab.follow.clockfit import NAT
 from rxlab.follow.join import Joined, join
 from rxlab.follow.status import FLAGGED
@@ -151,12 +151,12 @@ class TestMutations:
 
     def test_shifted_receive_is_caught(self, monkeypatch: pytest.MonkeyPatch) -> None:
         world = simulate(proto="udp", mean_gap_ns=60_000)
-        real = reader._consume_queue
+        real = queues._consume_queue
 
         def shifted(result, packets, ready_rank, payload_len, calls, woken):  # type: ignore[no-untyped-def]
             real(result, packets, ready_rank, payload_len, calls, np.where(woken >= 0, woken + 1, woken))
 
-        monkeypatch.setattr(reader, "_consume_queue", shifted)
+        monkeypatch.setattr(queues, "_consume_queue", shifted)
         joined = run(world)
         assert wrong(joined, world).any() or joined.verdict != "trusted"
 

@@ -1,7 +1,7 @@
 """Columns of a recording -> one row per received packet: every stage, the task that read it, and what became of it.
 
 The order is fixed: direction and flows, clock and stamp position, packets <-> skbs, the kernel's half (kernelpath.py), the
-reader's half (reader.py), gates (gates.py), a status for every row. Nothing is dropped: a packet that cannot be followed is a
+reader's half (consumption.py, streams.py, queues.py, wake.py), gates (gates.py), a status for every row. Nothing is dropped: a packet that cannot be followed is a
 row that says why.
 """
 
@@ -17,11 +17,14 @@ from rxlab.errors import MissingEventError
 from rxlab.follow import gates
 from rxlab.follow.asof import AsOf, pick
 from rxlab.follow.clockfit import NAT, RESIDUAL_QUANTILES, ClockMap
+from rxlab.follow.consumption import Consumption, Segments, receive_events, unwrap_sequence
 from rxlab.follow.kernelpath import KernelPath, event_columns, follow_kernel
 from rxlab.follow.match import STALL_NS, TOLERANCE_NS, Matched, classify_stamp, match_packets
-from rxlab.follow.reader import Consumption, Wake, attribute, consume, unwrap_sequence
+from rxlab.follow.queues import consume_datagrams
 from rxlab.follow.stagetable import StageTable
 from rxlab.follow.status import FLAGGED, NOT_COUNTED, TCP, UDP, give_statuses, recorded_stages, required_stages
+from rxlab.follow.streams import consume_streams
+from rxlab.follow.wake import Wake, attribute
 from rxlab.read.columns import Columns
 from rxlab.stages import ORDER, PATH_KINDS, STAGE_INDEX, STATUSES
 
@@ -114,7 +117,7 @@ def join(
     position = _positions(received)
     is_tcp, is_udp = received["proto"] == TCP, received["proto"] == UDP
     payload = np.maximum(received["payload_len"].astype(np.int64), 0)
-    taken = consume(events, path, skb, received["directed_flow"], position, payload, is_tcp, is_udp)
+    taken = consume(events, path, Segments(skb, received["directed_flow"], position, payload, is_tcp, is_udp))
     rows = path.take(skb)
     tid, wake = _join_reader(rows, events, path, skb, taken)
     columns = _columns(received, path, skb, tid, wake, rows, events)
@@ -227,6 +230,16 @@ def _tap_limit(path: KernelPath) -> np.ndarray:
         time = path.time[:, STAGE_INDEX[stage]]
         limit = np.where(time != NAT, np.minimum(limit, time), limit)
     return np.minimum(limit, rx_time + STALL_NS)
+
+
+def consume(events: Mapping[str, Columns], path: KernelPath, segments: Segments) -> Consumption:
+    """Find for each packet the copy and the receive call that took its bytes."""
+    copies, receives = receive_events(events)
+    result = Consumption.blank(len(segments.skb), copies, receives)
+    if receives.n:
+        consume_streams(result, path, segments)
+        consume_datagrams(result, events, path, segments)
+    return result
 
 
 def _join_reader(

@@ -58,6 +58,12 @@ def event_columns(events: Mapping[str, Columns], name: str) -> Columns:
     return events.get(name, _EMPTY)
 
 
+def task_ids(columns: Columns, field: str) -> np.ndarray:
+    """Return a task id field of a scheduler event: the event's own field, not the task that ran (the reader's ``tid``)."""
+    name = f"field_{field}" if f"field_{field}" in columns else field
+    return columns[name].astype(np.int64) if name in columns else np.empty(0, np.int64)
+
+
 def _field(columns: Columns, name: str, dtype: type, missing: int = 0) -> np.ndarray:
     """Return a field, or a column of `missing` where this kernel's event does not have it."""
     if name in columns:

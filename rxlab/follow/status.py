@@ -12,9 +12,9 @@ import numpy as np
 from rxlab.follow import gates
 from rxlab.follow.asof import AsOf, pick
 from rxlab.follow.clockfit import NAT, ClockMap
+from rxlab.follow.consumption import Consumption
 from rxlab.follow.kernelpath import KernelPath, event_columns
 from rxlab.follow.match import Matched
-from rxlab.follow.reader import Consumption
 from rxlab.follow.stagetable import StageTable
 from rxlab.read.columns import Columns
 from rxlab.stages import ATTRIBUTIONS, STAGE_INDEX, STAGE_NAMES, STATUSES, stages_without

@@ -1,0 +1,122 @@
+"""Packets as a socket sees them, and which copy and receive call took each one's bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rxlab.follow.asof import AsOf, pick
+from rxlab.follow.kernelpath import event_columns, task_ids
+from rxlab.read.columns import Columns
+
+MSG_PEEK = 0x2  # include/linux/socket.h
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The captured packets, as far as consumption depends on them; dims (packet,).
+
+    Attributes
+    ----------
+    skb : int64 array
+        Row of the kernel path for each packet, -1 where unmatched.
+    flow : int32 array
+        Directed flow number, -1 where none.
+    position : int64 array
+        Unwrapped sequence number of the first payload byte (TCP).
+    length : int64 array
+        Payload bytes.
+    is_tcp, is_udp : bool arrays
+    """
+
+    skb: np.ndarray
+    flow: np.ndarray
+    position: np.ndarray
+    length: np.ndarray
+    is_tcp: np.ndarray
+    is_udp: np.ndarray
+
+
+@dataclass
+class Consumption:
+    """Which copy and which receive call took each packet's bytes; arrays have dims (packet,).
+
+    Attributes
+    ----------
+    first_copy, last_copy : int64 arrays
+        Rows of :attr:`copies`; -1 where none.
+    receive : int64 array
+        Row of :attr:`receives`: the call that returned the last byte; -1 where none.
+    anchors_disagree : bool array
+        The stream or queue position is in doubt: the row must not be trusted.
+    copies, receives : Columns
+        The events themselves, without peeks among `copies`, which also have ``call`` (row of `receives`, -1: none) and
+        ``doubtful``.
+    bytes_copied : dict
+        Flow number -> bytes copied from its skbs, for the byte-sum gate.
+    """
+
+    first_copy: np.ndarray
+    last_copy: np.ndarray
+    receive: np.ndarray
+    anchors_disagree: np.ndarray
+    copies: Columns
+    receives: Columns
+    bytes_copied: dict[int, int] = field(default_factory=dict)
+
+    @classmethod
+    def blank(cls, n: int, copies: Columns, receives: Columns) -> Consumption:
+        """Return a table of `n` packets of which none was consumed."""
+        none = np.full(n, -1, np.int64)
+        return cls(none, none.copy(), none.copy(), np.zeros(n, bool), copies, receives)
+
+
+def unwrap_sequence(seq: np.ndarray) -> np.ndarray:
+    """Return 32-bit sequence numbers as int64 stream positions, in the order given (RFC 9293: modulo 2**32)."""
+    if not len(seq):
+        return seq.astype(np.int64)
+    step: np.ndarray = np.diff(seq.astype(np.int64))
+    step = np.mod(step + 2**31, 2**32) - 2**31
+    return int(seq[0]) + np.concatenate(([0], np.cumsum(step)))
+
+
+def receive_events(events: Mapping[str, Columns]) -> tuple[Columns, Columns]:
+    """Return the copies (each with the call that follows it) and the receive calls on IPv4 and IPv6 sockets."""
+    receives = event_columns(events, "sock:sock_recv_length")
+    if "family" in receives:
+        receives = receives.take(np.isin(receives["family"], (2, 10)))
+    copies = event_columns(events, "skb:skb_copy_datagram_iovec")
+    calls = AsOf(receives["rank"], receives["tid"])
+    call = calls.first_after(copies["rank"], copies["tid"])
+    copies = copies.with_columns(call=call, doubtful=_doubtful_calls(events, copies, receives, call))
+    if not receives.n:
+        return copies, receives
+    # A peek copies what a later call copies again.
+    return copies.take((pick(receives["flags"].astype(np.int64), call, 0) & MSG_PEEK) == 0), receives
+
+
+def _doubtful_calls(events: Mapping[str, Columns], copies: Columns, receives: Columns, call: np.ndarray) -> np.ndarray:
+    """Tell which copies cannot be told to belong to the receive call that follows them.
+
+    A call returns what it copied. Where the sums differ an event is missing: either a copy, or the end of the call the copy
+    really belonged to, which would hand its packets to a later one. A task that slept between the two was not in that call.
+    """
+    if not copies.n or not receives.n:
+        return call < 0
+    sums = np.bincount(call[call >= 0], weights=copies["len"][call >= 0], minlength=receives.n).astype(np.int64)
+    differs = sums != np.maximum(receives["ret"], 0)
+    switch = event_columns(events, "sched:sched_switch")
+    asleep = switch.take(_sleeps(switch))
+    slept = AsOf(asleep["rank"], task_ids(asleep, "prev_pid"))
+    returned = pick(receives["rank"], call, -1)
+    sleep_rank = slept.rank_of(slept.last_before(returned, copies["tid"].astype(np.int64)), -1)
+    return (call < 0) | pick(differs, call, 0) | (sleep_rank > copies["rank"])
+
+
+def _sleeps(switch: Columns) -> np.ndarray:
+    """Tell which task switches are sleeps: any state but running (0, with TASK_REPORT_MAX, 0x100, for a preemption)."""
+    if "prev_state" not in switch:
+        return np.ones(switch.n, bool)
+    return (switch["prev_state"].astype(np.int64) & 0xFF) != 0
