@@ -135,10 +135,10 @@ def _run(argv: list[str], folder: Path, seconds: float) -> Finished:
     path = os.pathsep.join([str(CACHE / "bin"), str(CACHE / "venv/bin"), os.environ["PATH"]])
     environment = {**os.environ, "PATH": path, "LD_LIBRARY_PATH": libraries, "TERM": "dumb"}
     started = time.monotonic()
-    # virtme-ng wants a terminal, which `script` makes.
+    # virtme-ng wants a terminal, which `script` makes; `timeout` is for the case that this process is killed.
     with (folder / "console").open("wb") as console:
         process = subprocess.Popen(
-            ["nice", "-n", "19", "script", "-qec", shlex.join(argv), "/dev/null"],
+            ["timeout", "--kill-after=5", str(BOOT_SECONDS + seconds + 10), "nice", "-n", "19", "script", "-qec", shlex.join(argv), "/dev/null"],
             stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
         )  # fmt: skip
         try:

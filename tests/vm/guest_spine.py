@@ -11,9 +11,13 @@ import sys
 from pathlib import Path
 
 from rxlab.host.journal import apply
+from rxlab.record import perfrecord
 from rxlab.record.capture import capture
 from rxlab.record.ports import open_testbed
 from rxlab.record.workload import Workload
+
+# perf opens its events on an emulated machine in 30 to 60 s.
+perfrecord.ACK_TIMEOUT = 240.0
 
 
 def main() -> None:

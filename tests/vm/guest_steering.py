@@ -17,6 +17,7 @@ from rxlab.host.access import HostAccess
 from rxlab.host.interrupts import queue_irqs
 from rxlab.host.journal import Transaction, apply
 from rxlab.host.settings import parse_settings
+from rxlab.record import perfrecord
 from rxlab.record.capture import capture
 from rxlab.record.ports import open_testbed
 from rxlab.record.testbed import Testbed
@@ -24,8 +25,10 @@ from rxlab.record.workload import Command
 
 NIC = os.environ["GUEST_NIC"]
 PORT = 47100
+# perf opens its events on an emulated machine in 30 to 60 s.
+perfrecord.ACK_TIMEOUT = 240.0
 FLOWS, ROUNDS = 64, 4
-STEPS: dict[str, dict[str, str]] = {"default": {}, "irq-moved": {"irq_cpus": "3"}, "rps": {"rps_cpus": "1,2"}}
+STEPS: dict[str, dict[str, str]] = {"default": {}, "steered": {"irq_cpus": "3", "rps_cpus": "1,2"}}
 TRIALS: dict[str, dict[str, str]] = {
     "xps": {"xps_cpus": "0,1"},
     "threaded": {"threaded": "on"},
@@ -91,13 +94,13 @@ def main() -> None:
         apply(journal_dir=folder / "journal", allow_system_changes=True, yes_this_nic=True) as journal,
         open_testbed(f"ports:{os.environ['GUEST_PEER']},{NIC}", registry=journal) as bed,
     ):
-        for name, wanted in STEPS.items():
-            seen[name] = step(name, wanted, folder, journal, bed)
-            print(name, seen[name]["status"], seen[name]["problems"], flush=True)
-            (folder / "seen.json").write_text(json.dumps(seen, indent=1))
         for name, wanted in TRIALS.items():
             seen[name] = trial(wanted, journal)
             print(name, seen[name].get("error"), seen[name]["restored"], flush=True)
+            (folder / "seen.json").write_text(json.dumps(seen, indent=1))
+        for name, wanted in STEPS.items():
+            seen[name] = step(name, wanted, folder, journal, bed)
+            print(name, seen[name]["status"], seen[name]["problems"], flush=True)
             (folder / "seen.json").write_text(json.dumps(seen, indent=1))
 
 

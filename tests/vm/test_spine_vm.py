@@ -24,7 +24,7 @@ def run(request: pytest.FixtureRequest) -> Iterator[Run]:
     """Run of the built-in workload over igb."""
     workload = json.dumps({"proto": request.param, "messages": MESSAGES})
     command = ["{python}", str(Path(__file__).with_name("guest_spine.py")), "{folder}"]
-    with run_in_guest(command, seconds=150, environment={"SPINE_WORKLOAD": workload}) as done:
+    with run_in_guest(command, seconds=280, environment={"SPINE_WORKLOAD": workload}) as done:
         assert done.status == 0, done.output
         yield open_run(done.folder / "run")
 
