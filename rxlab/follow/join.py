@@ -7,6 +7,7 @@ row that says why.
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,7 +23,16 @@ from rxlab.follow.kernelpath import KernelPath, event_columns, follow_kernel
 from rxlab.follow.match import STALL_NS, TOLERANCE_NS, Matched, classify_stamp, match_packets
 from rxlab.follow.queues import consume_datagrams
 from rxlab.follow.stagetable import StageTable
-from rxlab.follow.status import FLAGGED, NOT_COUNTED, TCP, UDP, give_statuses, recorded_stages, required_stages
+from rxlab.follow.status import (
+    FLAGGED,
+    NOT_COUNTED,
+    TCP,
+    UDP,
+    Evidence,
+    give_statuses,
+    recorded_stages,
+    required_stages,
+)
 from rxlab.follow.streams import consume_streams
 from rxlab.follow.wake import Wake, attribute
 from rxlab.read.columns import Columns
@@ -122,7 +132,7 @@ def join(
     tid, wake = _join_reader(rows, events, path, skb, taken)
     columns = _columns(received, path, skb, tid, wake, rows, events)
     columns = columns.with_columns(position=position, is_data=(payload > 0) & (is_tcp | is_udp))
-    return _judge(rows, columns, events, path, matched, taken, clock, flows, stamp, lost)
+    return _judge(rows, columns, flows, Evidence(events, path, matched, taken, clock, stamp, lost))
 
 
 def _received(packets: Columns, machine: Machine) -> tuple[Columns, Columns]:
@@ -142,7 +152,6 @@ def _received(packets: Columns, machine: Machine) -> tuple[Columns, Columns]:
 
 def flow_label(flows: Columns, row: int) -> str:
     """Return a directed flow as text: ``10.0.0.1:5000>10.0.0.2:80 tcp``."""
-    import ipaddress
 
     def end(side: str, port: str) -> str:
         high, low = int(flows[f"{side}_hi"][row]), int(flows[f"{side}_lo"][row])
@@ -330,30 +339,18 @@ def _comm_of(events: Mapping[str, Columns], tid: np.ndarray) -> tuple[np.ndarray
     return code, labels
 
 
-def _judge(
-    rows: StageTable,
-    columns: Columns,
-    events: Mapping[str, Columns],
-    path: KernelPath,
-    matched: Matched,
-    taken: Consumption,
-    clock: ClockMap,
-    flows: Columns,
-    stamp: np.ndarray,
-    lost: int,
-) -> Joined:
+def _judge(rows: StageTable, columns: Columns, flows: Columns, evidence: Evidence) -> Joined:
     """Give every row a status, count coverage, compute the gates and the verdict."""
-    required = required_stages(columns, rows.rank, path, matched.event, recorded_stages(events))
-    status, drop_reason, reasons_table = give_statuses(
-        rows, columns, events, path, matched, taken, clock, required, stamp, lost
-    )
+    recorded = recorded_stages(evidence.events)
+    required = required_stages(columns, rows.rank, evidence.path, evidence.matched.event, recorded)
+    status, drop_reason, reasons_table = give_statuses(rows, columns, required, evidence)
     time_order = ORDER_INDEX[columns["path_kind"]]
     seen = np.take_along_axis(rows.time, time_order, axis=1) != NAT
     t0 = np.where(seen.any(axis=1), time_order[np.arange(columns.n), seen.argmax(axis=1)], -1).astype(np.int8)
     columns = columns.with_columns(status=status, drop_reason=drop_reason, t0_stage=t0)
     columns.attrs["categories"]["drop_reason"] = reasons_table
-    joined = Joined(rows.time, rows.cpu, columns, flows, _coverage(required, rows.time, columns), clock)
-    _gate(joined, events, path, matched, taken, lost)
+    joined = Joined(rows.time, rows.cpu, columns, flows, _coverage(required, rows.time, columns), evidence.clock)
+    _gate(joined, evidence)
     return joined
 
 
@@ -373,49 +370,40 @@ def _coverage(required: np.ndarray, time: np.ndarray, columns: Columns) -> Colum
     return Columns({name: count.astype(np.int64) for name, count in counts.items()})
 
 
-def _gate(
-    joined: Joined, events: Mapping[str, Columns], path: KernelPath, matched: Matched, taken: Consumption, lost: int
-) -> None:
+def _gate(joined: Joined, evidence: Evidence) -> None:
     """Fill gates, verdict and reasons."""
-    columns = joined.packets
+    columns, taken, matched = joined.packets, evidence.taken, evidence.matched
     names = np.asarray(STATUSES)[columns["status"]]
-    is_data = columns["is_data"]
-    counted = is_data & ~np.isin(names, NOT_COUNTED)
+    counted = columns["is_data"] & ~np.isin(names, NOT_COUNTED)
     flagged = counted & np.isin(names, FLAGGED)
-    n = int(counted.sum())
-    windows = gates.blind_windows(events)
-    ports_wrong = _wrong_ports(joined, path, matched.event)
+    n, in_doubt = int(counted.sum()), int(taken.anchors_disagree.sum())
+    windows = gates.blind_windows(evidence.events)
     consumed = (joined.time[:, STAGE_INDEX["recvmsg"]] != NAT) & (columns["payload_len"] > 0)
     fraction = float(flagged.sum() / n) if n else 0.0
     joined.gates = {
         "order": _violations(int((names == "negative").sum())),
-        "ports": _violations(ports_wrong),
+        "ports": _violations(_wrong_ports(joined, evidence.path, matched.event)),
         # Rows whose stream or queue position is in doubt are flagged each; only many of them say that the run is.
-        "anchors": {
-            "ok": bool(taken.anchors_disagree.sum() <= MAX_FLAGGED * n),
-            "violations": int(taken.anchors_disagree.sum()),
-        },
+        "anchors": {"ok": in_doubt <= MAX_FLAGGED * n, "violations": in_doubt},
         "bytes": gates.byte_sums(columns, consumed, columns["proto"] == TCP, taken.bytes_copied),
-        "lost": {"ok": lost == 0, "violations": lost},
+        "lost": _violations(evidence.lost),
         "blind": {
             "ok": True,
             "violations": len(windows),
             "window_ns": int((windows[:, 3] - windows[:, 2]).sum()),
-            "tasks": gates.blind_tasks(events, windows),
+            "tasks": gates.blind_tasks(evidence.events, windows),
         },
         "flagged": {"ok": fraction <= MAX_FLAGGED, "violations": int(flagged.sum()), "fraction": fraction},
     }
     if not n:
         joined.verdict, joined.reasons = "refused", ["no data packets were received while perf was recording"]
-        return
-    if joined.clock.stamp_position == "unknown" or (matched.event[counted] >= 0).mean() < 0.5:
+    elif joined.clock.stamp_position == "unknown" or (matched.event[counted] >= 0).mean() < 0.5:
         joined.verdict = "refused"
-        joined.reasons.append("fewer than half of the captured data packets were found in the kernel's events")
-        return
-    for name, gate in joined.gates.items():
-        if not gate["ok"]:
-            joined.verdict = "degraded"
-            joined.reasons.append(f"{name}: {gate['violations']} violations")
+        joined.reasons = ["fewer than half of the captured data packets were found in the kernel's events"]
+    else:
+        failed = [name for name, gate in joined.gates.items() if not gate["ok"]]
+        joined.verdict = "degraded" if failed else "trusted"
+        joined.reasons = [f"{name}: {joined.gates[name]['violations']} violations" for name in failed]
 
 
 def _violations(count: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Every row gets a status (stages.STATUSES); causes that hide data (blind, lost) c
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -27,6 +28,33 @@ BLIND_BEFORE_NS, BLIND_AFTER_NS = 2_000_000, 200_000
 FLAGGED = ("ambiguous", "negative", "blind", "lost", "incomplete", "unmatched")
 # Not counted among the data packets a recording should have followed: no reader could have had them, or perf was not on.
 NOT_COUNTED = ("duplicate", "dropped", "outside_window")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a packet's status is judged by, beside its own stages.
+
+    Attributes
+    ----------
+    events : mapping of str to Columns
+    path : KernelPath
+    matched : Matched
+        Packets <-> rows of `path`.
+    taken : Consumption
+    clock : ClockMap
+    stamp : int64 array, dims (packet,), nanoseconds of CLOCK_MONOTONIC
+        The pcap stamps, converted.
+    lost : int
+        Events perf reported as lost.
+    """
+
+    events: Mapping[str, Columns]
+    path: KernelPath
+    matched: Matched
+    taken: Consumption
+    clock: ClockMap
+    stamp: np.ndarray
+    lost: int
 
 
 def recorded_stages(events: Mapping[str, Columns]) -> set[str]:
@@ -97,23 +125,14 @@ def _merged_and_late(
 
 
 def give_statuses(
-    rows: StageTable,
-    columns: Columns,
-    events: Mapping[str, Columns],
-    path: KernelPath,
-    matched: Matched,
-    taken: Consumption,
-    clock: ClockMap,
-    required: np.ndarray,
-    stamp: np.ndarray,
-    lost: int,
+    rows: StageTable, columns: Columns, required: np.ndarray, evidence: Evidence
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Give every row the one status that says what became of it; causes that hide data come before those that explain it."""
     code = {name: index for index, name in enumerate(STATUSES)}
     status = np.full(columns.n, code["complete"], np.int8)
     has_reader = rows.rank[:, STAGE_INDEX["recvmsg"]] >= 0
     missing = (required & (rows.time == NAT)).any(axis=1)
-    reason, table = _drop_reasons(rows, columns, events, path, matched.event)
+    reason, table = _drop_reasons(rows, columns, evidence)
     duplicate = _duplicates(columns, rows.rank[:, _RX], reason)
     is_data = columns["is_data"]
     # A later byte of the same stream, or a later datagram of the same socket, was read: so was this one, and its events
@@ -123,21 +142,24 @@ def give_statuses(
     status[is_data & ~has_reader] = code["no_reader"]
     status[is_data & ~has_reader & (reason > 0)] = code["dropped"]
     status[is_data & duplicate] = code["duplicate"]
-    windows = gates.blind_windows(events)
+    stamp, lost = evidence.stamp, evidence.lost
+    windows = gates.blind_windows(evidence.events)
     blind = gates.inside_windows(stamp, windows, BLIND_BEFORE_NS, BLIND_AFTER_NS)
     status[overtaken & ~duplicate] = code["blind"]
     unfinished = missing & ~np.isin(status, (code["dropped"], code["duplicate"]))
     status[unfinished & (lost > 0)] = code["lost"]
     status[unfinished & blind] = code["blind"]
-    times = [event["time"] for event in events.values() if event.n]
+    times = [event["time"] for event in evidence.events.values() if event.n]
     first, last = min(int(time.min()) for time in times), max(int(time.max()) for time in times)
-    unmatched = matched.event < 0
+    unmatched = evidence.matched.event < 0
     status[unmatched] = code["unmatched"]
     status[unmatched & (lost > 0)] = code["lost"]
     status[unmatched & blind] = code["blind"]
     status[unmatched & ((stamp < first) | (stamp > last))] = code["outside_window"]
     status[~is_data & ~unmatched] = code["no_payload"]
-    ambiguous = matched.ambiguous | taken.anchors_disagree | clock.inside_step(columns["pcap_time"])
+    ambiguous = (
+        evidence.matched.ambiguous | evidence.taken.anchors_disagree | evidence.clock.inside_step(columns["pcap_time"])
+    )
     status[ambiguous & is_data & ~unmatched] = code["ambiguous"]
     status[gates.order_violations(rows.time, columns["path_kind"])] = code["negative"]
     return status, reason, table
@@ -156,16 +178,18 @@ def _overtaken(columns: Columns, has_reader: np.ndarray) -> np.ndarray:
     return overtaken
 
 
-def _drop_reasons(
-    rows: StageTable, columns: Columns, events: Mapping[str, Columns], path: KernelPath, skb: np.ndarray
-) -> tuple[np.ndarray, list[str]]:
+def _drop_reasons(rows: StageTable, columns: Columns, evidence: Evidence) -> tuple[np.ndarray, list[str]]:
     """Return the kernel's reason for packets freed by kfree_skb inside their life and never copied (0: none)."""
-    freed = event_columns(events, "skb:kfree_skb")
+    freed = event_columns(evidence.events, "skb:kfree_skb")
     if not freed.n or "reason" not in freed:
         return np.zeros(columns.n, np.int16), ["none"]
     index = AsOf(freed["rank"], freed["skbaddr"].astype(np.uint64))
     row = index.first_after(rows.rank[:, _RX], columns["skb"])
-    row = np.where(index.rank_of(row, np.iinfo(np.int64).max) < pick(path.columns["end_rank"], skb, 0), row, -1)
+    row = np.where(
+        index.rank_of(row, np.iinfo(np.int64).max) < pick(evidence.path.columns["end_rank"], evidence.matched.event, 0),
+        row,
+        -1,
+    )
     reason = np.where(rows.rank[:, STAGE_INDEX["copy"]] >= 0, 0, pick(freed["reason"].astype(np.int64), row, 0))
     # Kernels number their reasons differently: what travels on is the name, as a code into this run's own table.
     symbols = freed.attrs.get("symbols", {}).get("reason", {})
