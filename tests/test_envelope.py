@@ -135,7 +135,8 @@ def test_bound_is_honest_and_not_idle() -> None:
     errors, bounds = np.empty(200), np.empty(200)
     for number in range(200):
         rng = np.random.default_rng(1_000 + number)
-        arrival, event = floor_of(number % 7, n=8_000, span=6 * SECOND)
+        n, span = (8_000, 6 * SECOND) if number % 2 else (60_000, 20 * SECOND)
+        arrival, event = floor_of(number % 7, n=n, span=span)
         stamp, true = perturb(
             arrival,
             rng,

@@ -31,7 +31,8 @@ class ClockMap:
     ----------
     segments : Columns, dims (segment,)
         ``start_real`` (int64 ns of CLOCK_REALTIME; the first is the smallest int64) and ``offset`` (CLOCK_REALTIME -
-        CLOCK_MONOTONIC, int64 ns).
+        CLOCK_MONOTONIC, int64 ns). Where the map was fitted to packets (`method`) also ``anchor`` (int64 ns of CLOCK_REALTIME
+        at which the offset holds) and ``slope`` (float64, change of the offset per ns).
     uncertain : int64 array, dims (step, 2), nanoseconds of CLOCK_REALTIME
         The intervals in which a step happened: the offset is unknown there.
     bound_ns : int
@@ -42,6 +43,11 @@ class ClockMap:
         Where the pcap stamp was taken: "bracket", "tap", "nic" or "unknown" (alignment: not one place).
     stamp_evidence : dict
         Fractions behind `stamp_position`.
+    method : {"readings", "brackets", "envelope"}
+        Clock readings; events on both sides of each stamp; or one side only, and then every converted stamp is early by the
+        unknown smallest delay: times are excess over the fastest packet.
+    flags : tuple of str
+        What is wrong with a fitted map (:class:`rxlab.follow.envelope.Envelope`).
     """
 
     segments: Columns
@@ -50,6 +56,8 @@ class ClockMap:
     residual: dict[float, float] = field(default_factory=dict)
     stamp_position: str = "unknown"
     stamp_evidence: dict[str, Any] = field(default_factory=dict)
+    method: str = "readings"
+    flags: tuple[str, ...] = ()
 
     @property
     def offset_ns(self) -> int:
@@ -59,7 +67,12 @@ class ClockMap:
     def to_monotonic(self, real_ns: np.ndarray) -> np.ndarray:
         """Convert CLOCK_REALTIME ns to CLOCK_MONOTONIC ns; NaT (smallest int64) stays NaT."""
         segment = np.searchsorted(self.segments["start_real"], real_ns, side="right") - 1
-        return np.where(real_ns == NAT, NAT, real_ns - self.segments["offset"][np.maximum(segment, 0)])
+        segment = np.maximum(segment, 0)
+        offset = self.segments["offset"][segment]
+        if "slope" in self.segments:
+            away = np.where(real_ns == NAT, 0, real_ns - self.segments["anchor"][segment])
+            offset = offset + np.rint(away * self.segments["slope"][segment]).astype(np.int64)
+        return np.where(real_ns == NAT, NAT, real_ns - offset)
 
     def to_realtime(self, monotonic_ns: np.ndarray) -> np.ndarray:
         """Convert CLOCK_MONOTONIC ns to the CLOCK_REALTIME of the first segment's offset; NaT stays NaT.
