@@ -9,7 +9,7 @@ A run directory is what capture leaves and analysis reads; nothing else passes b
     "start_ns", "stop_ns" (CLOCK_REALTIME), "perf": {"version", "argv", "exit_code", "events": [str], "missing_events": [str],
     "filters": {event: expression}, "pages", "stderr", "lost": int|null}|null, "tcpdump": {"version", "argv", "exit_code",
     "captured", "received", "dropped", "fence": {"captured", "received"}, "copies", "stderr"}|null, "idle": {"asked",
-    "spinners": bool}, "sweep": {"cell", "repetition"}|null, "asked": {...}, "got": {"settings", "restored": bool, ...}}``.
+    "spinners": bool}, "sweep": {"cell", "repetition", "labels"}|null, "asked": {...}, "got": {"settings", "restored": bool, ...}}``.
     ``fence`` are tcpdump's counts when every packet of the traffic was written; on live traffic more may come until it
     ends. ``copies`` is how often the kernel shows a packet to a tap (2 on lo, of which libpcap hides one).
 ``host.json``
@@ -59,6 +59,9 @@ APP_LOG = "app.log"
 CLIENT_LOG = "client.log"
 DATASET = "run.nc"
 VERIFY_JSON = "verify.json"
+# Of the folder that holds a sweep's runs: its plan, and the dataset made of them.
+SWEEP_JSON = "sweep.json"
+SWEEP_STORE = "sweep.zarr"
 
 ARMS = ("untraced", "pcap", "min", "std", "full")
 

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from rxlab.host.access import HostAccess
 
 CPU_DIR = "sys/devices/system/cpu"
+# CPUs said as intent, relative to the CPU the application reads on; topology.py resolves them.
+CPU_INTENTS = ("same-core", "sibling", "same-llc", "other-node")
 
 
 def parse_cpus(text: str) -> list[int]:

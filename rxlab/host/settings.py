@@ -1,7 +1,8 @@
 """Every host setting as an object: read, validate, write, read back.
 
 Keys are the words of sysfs, sysctl and ethtool: :data:`KINDS` is the list. A key may name one queue: ``rps_cpus:0``. Values are
-text; CPUs are a list (``0,2-3``), a mask with ``0x``, or ``off``. Nothing is written here on its own: journal.py decides when.
+text; CPUs are a list (``0,2-3``), a mask with ``0x``, ``off``, or an intent (``sibling``) that topology.py resolves. Nothing
+is written here on its own: journal.py decides when.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from rxlab.errors import HostSettingError
 from rxlab.host.access import HostAccess
-from rxlab.host.cpulist import format_cpus, online_cpus, parse_cpus
+from rxlab.host.cpulist import CPU_INTENTS, format_cpus, online_cpus, parse_cpus
 from rxlab.host.interrupts import queue_irqs
 
 MAX_INT = 2**31 - 1
@@ -306,10 +307,12 @@ def canonical_value(key: str, text: str, cpus: Iterable[int] | None) -> str:
         return HostSettingError("not a value for this setting", where=key, found=repr(text), expected=expected)
 
     if kind.value in ("mask", "cpus"):
+        if cpus is None and text in CPU_INTENTS:
+            return text
         try:
             chosen = parse_cpus(text)
         except ValueError:
-            raise wrong("CPUs as a list (0,2-3), a mask (0x5) or off") from None
+            raise wrong(f"CPUs as a list (0,2-3), a mask (0x5), off, or one of {', '.join(CPU_INTENTS)}") from None
         if not chosen and kind.value == "cpus":
             raise wrong("at least one CPU")
         missing = sorted(set(chosen) - set(cpus)) if cpus is not None else []

@@ -6,15 +6,15 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rxlab.errors import HostSettingError
 from rxlab.host.access import HostAccess
-from rxlab.host.cpulist import CPU_DIR, mask_to_cpus, online_cpus, parse_cpus
+from rxlab.host.cpulist import CPU_DIR, CPU_INTENTS, mask_to_cpus, online_cpus, parse_cpus
 from rxlab.host.interrupts import queue_irqs
-from rxlab.host.settings import read_settings
+from rxlab.host.settings import KINDS, read_settings
 
 # Sysctls that change what a packet meets. Under net.core only a few exist in a namespace other than the first.
 _CORE = (
@@ -106,6 +106,75 @@ def read_cpus(access: HostAccess) -> list[dict[str, Any]]:
             }
         )
     return cpus
+
+
+def resolve_intents(wanted: Mapping[str, Any], near: int | None, access: HostAccess) -> dict[str, Any]:
+    """Replace CPUs said as intent (``irq_cpus = "sibling"``) by the CPU that is meant on this machine.
+
+    Parameters
+    ----------
+    wanted : mapping
+        Settings by key; a key may name one queue.
+    near : int or None
+        CPU the application reads on; None where nobody knows it, which is an error only if an intent is there.
+    access : HostAccess
+        Where the topology is read.
+
+    Raises
+    ------
+    HostSettingError
+        The machine has no such CPU.
+    """
+    resolved = dict(wanted)
+    for key, value in wanted.items():
+        kind = KINDS.get(key.partition(":")[0].strip())
+        if kind is None or kind.value not in ("mask", "cpus") or str(value).strip() not in CPU_INTENTS:
+            continue
+        if near is None:
+            raise HostSettingError(
+                "nobody says which CPU the application reads on",
+                where=f"{key}={value}",
+                do="Name a CPU, or pin the built-in workload's server (app_cpu).",
+            )
+        resolved[key] = str(cpu_meant(str(value).strip(), near, read_cpus(access)))
+    return resolved
+
+
+def cpu_meant(intent: str, near: int, cpus: Sequence[Mapping[str, Any]]) -> int:
+    """Return the CPU an intent means, the lowest where several would do.
+
+    Parameters
+    ----------
+    intent : {"same-core", "sibling", "same-llc", "other-node"}
+        The CPU `near` itself; the other hardware thread of its core; another core behind the same last-level cache; a CPU
+        of another NUMA node.
+    near : int
+        CPU the application reads on.
+    cpus : sequence of mapping
+        As :func:`read_cpus` returns them.
+    """
+    online = {int(entry["cpu"]): entry for entry in cpus if entry["online"]}
+    if near not in online:
+        raise HostSettingError("no such CPU online", where=f"CPU {near}", expected=", ".join(map(str, online)))
+    here = online[near]
+
+    def is_meant(entry: Mapping[str, Any]) -> bool:
+        same = {name: entry[name] is not None and entry[name] == here[name] for name in ("core", "llc")}
+        if intent == "sibling":
+            return same["core"] and entry["cpu"] != near
+        if intent == "same-llc":
+            return same["llc"] and not same["core"] and entry["cpu"] != near
+        return None not in (entry["node"], here["node"]) and entry["node"] != here["node"]
+
+    found = [near] if intent == "same-core" else sorted(cpu for cpu, entry in online.items() if is_meant(entry))
+    if not found:
+        what = {"sibling": "second hardware thread", "same-llc": "other core behind the same last-level cache"}
+        raise HostSettingError(
+            f"this machine has no {what.get(intent, 'other NUMA node')}",
+            where=f"{intent} of CPU {near}",
+            do="Leave the value out of the sweep, or name a CPU.",
+        )
+    return found[0]
 
 
 def _llc(access: HostAccess, folder: str) -> int | None:

@@ -6,31 +6,34 @@ arm once, shuffled inside, so that slow drifts of the machine fall on all alike 
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, fields, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from rxlab.errors import UsageError
 from rxlab.host.access import HostAccess
 from rxlab.host.journal import Transaction, apply
-from rxlab.host.settings import check_keys, parse_settings
+from rxlab.host.settings import Setting, check_keys, parse_settings
+from rxlab.host.topology import resolve_intents
 from rxlab.host.undo import interrupt_later
 from rxlab.record.capture import capture, note_restored
 from rxlab.record.recording import ARM_OF
 from rxlab.record.testbed import Testbed
 from rxlab.record.workload import Command, Workload
-from rxlab.rundir import RUN_JSON, RunDir, open_rundir, read_json, write_json
+from rxlab.rundir import RUN_JSON, SWEEP_JSON, RunDir, open_rundir, read_json, write_json
 
-SWEEP_JSON = "sweep.json"
 # Words of the experiment for fields of the workload.
 ALIASES = {"app_cpu": "server_cpu", "load": "rate"}
 WORKLOAD_KEYS = {entry.name for entry in fields(Workload)} | ALIASES.keys()
 RECORDING_KEYS = {"idle"}
+ORDERS = ("shuffled", "blocked")
+WARM_UP = ".warm-up"
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,15 @@ class Cell:
         Counted from 0.
     arm : str
         "untraced", "pcap", "min", "std" or "full".
+    labels : Mapping
+        Where the configuration lies on the named axes of the sweep (``{"rps": "on"}``); empty where it has none.
     """
 
     index: int
     configuration: Mapping[str, Any]
     repetition: int
     arm: str
+    labels: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -61,9 +67,20 @@ class Cell:
 
 
 def plan_sweep(
-    configurations: Sequence[Mapping[str, Any]], *, reps: int, arms: Sequence[str], seed: int = 1
+    configurations: Sequence[Mapping[str, Any]],
+    *,
+    reps: int,
+    arms: Sequence[str],
+    seed: int = 1,
+    order: str = "shuffled",
+    labels: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[Cell]:
-    """Return all cells of a sweep in the order they are recorded; the same for the same arguments."""
+    """Return all cells of a sweep in the order they are recorded; the same for the same arguments.
+
+    `order` "blocked" records all repetitions of a configuration before the next one: for settings that are dear to change.
+    """
+    if order not in ORDERS:
+        raise UsageError(f"unknown order {order!r}", expected=", ".join(ORDERS))
     if not configurations or reps < 1 or not arms:
         raise UsageError("an empty sweep", expected="a configuration, a repetition and an arm at least")
     for arm in arms:
@@ -75,13 +92,13 @@ def plan_sweep(
     cells: list[Cell] = []
     for repetition in range(reps):
         block = [
-            Cell(index, dict(configuration), repetition, ARM_OF[arm])
+            Cell(index, dict(configuration), repetition, ARM_OF[arm], dict(labels[index]) if labels else {})
             for index, configuration in enumerate(configurations)
             for arm in arms
         ]
         shuffle(block)
         cells += block
-    return cells
+    return sorted(cells, key=lambda cell: cell.index) if order == "blocked" else cells
 
 
 def split_configuration(
@@ -129,6 +146,10 @@ def sweep(
     reps: int = 3,
     arms: Sequence[str] = ("untraced", "std"),
     seed: int = 1,
+    order: str = "shuffled",
+    labels: Sequence[Mapping[str, Any]] | None = None,
+    warm_up: int = 0,
+    retries: int = 0,
     transaction: Transaction | None = None,
     allow_system_changes: bool = False,
     yes_this_nic: bool = False,
@@ -150,6 +171,12 @@ def sweep(
         As :func:`rxlab.record.capture.capture` takes them.
     reps : int
         Repetitions of each configuration and arm.
+    seed, order, labels
+        See :func:`plan_sweep`.
+    warm_up : int
+        Runs made, and thrown away, before the first one that counts.
+    retries : int
+        How often a run that lost packets or events, or ended early, is recorded again; the last one is kept as it is.
     transaction : Transaction, optional
         The testbed's journal; one of its own when not given, to which the two permissions belong.
     progress : callable, optional
@@ -160,53 +187,96 @@ def sweep(
     RunDir
         In the order of :func:`plan_sweep`.
     """
-    cells = plan_sweep(configurations, reps=reps, arms=arms, seed=seed)
+    cells = plan_sweep(configurations, reps=reps, arms=arms, seed=seed, order=order, labels=labels)
     folder = Path(out)
-    remember_plan(folder, configurations, reps=reps, arms=arms, seed=seed)
+    described = workload.describe() if workload is not None else None
+    content = {"configurations": configurations, "arms": arms, "seed": seed, "order": order, "workload": described}
+    remember_plan(folder, content | {"labels": labels or []}, reps)
     own = apply(allow_system_changes=allow_system_changes, yes_this_nic=yes_this_nic)
     iface = testbed.dst.iface if testbed is not None else iface
     netns = testbed.dst.netns if testbed is not None else netns
     with own if transaction is None else nullcontext(transaction) as journal:
+        engine = Engine(folder, testbed, iface, netns, workload, journal, retries, capture_options)
+        for configuration in configurations:
+            engine.settings_of(configuration)
+        is_warm = not warm_up
         for number, cell in enumerate(cells):
             if progress is not None:
                 progress(number, len(cells), cell)
-            path = folder / cell.name
-            finished = complete_run(path)
+            finished = complete_run(folder / cell.name)
             if finished is None:
-                finished = record_cell(path, cell, testbed, iface, netns, workload, journal, capture_options)
+                if not is_warm:
+                    engine.warm_up(replace(cell, arm="untraced"), warm_up)
+                    is_warm = True
+                finished = engine.record(cell)
             yield finished
 
 
-def record_cell(
-    path: Path,
-    cell: Cell,
-    testbed: Testbed | None,
-    iface: str | None,
-    netns: str | None,
-    workload: Workload | Command | None,
-    journal: Transaction,
-    capture_options: Mapping[str, Any],
-) -> RunDir:
-    """Apply one cell's settings, record it, and restore."""
-    settings, changes, recording = split_configuration(cell.configuration)
-    with ExitStack() as stack:
-        with interrupt_later():
-            with HostAccess(netns) as access:
-                parsed = parse_settings(settings, iface, netns, access=access)
-            stack.enter_context(journal.change(parsed))
-        recorded = capture(
-            path,
-            iface=iface,
-            netns=netns,
-            testbed=testbed,
-            workload=with_fields(workload, changes),
-            events=cell.arm,
-            configuration=cell.configuration,
-            sweep={"cell": cell.name, "repetition": cell.repetition},
-            transaction=journal,
-            **{**capture_options, **recording},
-        )
-    return note_restored(recorded, journal)
+@dataclass(frozen=True)
+class Engine:
+    """What all cells of one sweep are recorded with."""
+
+    folder: Path
+    testbed: Testbed | None
+    iface: str | None
+    netns: str | None
+    workload: Workload | Command | None
+    journal: Transaction
+    retries: int
+    capture_options: Mapping[str, Any]
+
+    def settings_of(self, configuration: Mapping[str, Any]) -> list[Setting]:
+        """Return the host settings of a configuration, found on this host; raises for what cannot be set."""
+        settings, changes, _ = split_configuration(configuration)
+        near = reader_cpu(with_fields(self.workload, changes))
+        with interrupt_later(), HostAccess(self.netns) as access:
+            wanted = resolve_intents(settings, near, access)
+            return parse_settings(wanted, self.iface, self.netns, access=access)
+
+    def record(self, cell: Cell) -> RunDir:
+        """Record one cell, again while it is degraded and tries are left; sweep.json remembers each run thrown away."""
+        path = self.folder / cell.name
+        for attempt in range(self.retries + 1):
+            recorded = self.record_once(path, cell)
+            if recorded.run["status"] == "complete" or attempt == self.retries:
+                break
+            remember_repeated(self.folder, cell, recorded.run.get("problems") or [])
+            shutil.rmtree(path)
+        return recorded
+
+    def record_once(self, path: Path, cell: Cell) -> RunDir:
+        """Apply one cell's settings, record it, and restore."""
+        _, changes, recording = split_configuration(cell.configuration)
+        labels = {"labels": dict(cell.labels)} if cell.labels else {}
+        with self.journal.change(self.settings_of(cell.configuration)):
+            recorded = capture(
+                path,
+                iface=self.iface,
+                netns=self.netns,
+                testbed=self.testbed,
+                workload=with_fields(self.workload, changes),
+                events=cell.arm,
+                configuration=cell.configuration,
+                sweep={"cell": cell.name, "repetition": cell.repetition, **labels},
+                transaction=self.journal,
+                **{**self.capture_options, **recording},
+            )
+        return note_restored(recorded, self.journal)
+
+    def warm_up(self, cell: Cell, times: int) -> None:
+        """Record a cell and throw it away: caches, clocks and frequencies are then as they stay."""
+        path = self.folder / WARM_UP
+        for _ in range(times):
+            shutil.rmtree(path, ignore_errors=True)
+            try:
+                self.record_once(path, cell)
+            finally:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def reader_cpu(workload: Workload | Command | None) -> int | None:
+    """Return the CPU the receiving application is pinned to, None where it is not or nobody knows."""
+    return workload.pinned().server_cpu if isinstance(workload, Workload) else None
 
 
 def complete_run(path: Path) -> RunDir | None:
@@ -220,22 +290,26 @@ def complete_run(path: Path) -> RunDir | None:
     return None
 
 
-def remember_plan(
-    folder: Path, configurations: Sequence[Mapping[str, Any]], *, reps: int, arms: Sequence[str], seed: int
-) -> None:
+def remember_plan(folder: Path, content: Mapping[str, Any], reps: int) -> None:
     """Write sweep.json, or check that the one that is there is of the same sweep. More repetitions may be asked for later."""
-    content = {"configurations": [dict(entry) for entry in configurations], "arms": list(arms), "seed": seed}
     path = folder / SWEEP_JSON
-    if path.exists():
-        earlier = read_json(path)
-        for key, value in content.items():
-            if earlier.get(key) != value:
-                raise UsageError(
-                    "another sweep is there",
-                    where=str(path),
-                    found=f"{key} {earlier.get(key)}",
-                    expected=str(value),
-                    do="Choose another -o.",
-                )
+    plain = json.loads(json.dumps(content))
+    earlier = read_json(path) if path.exists() else {}
+    for key, value in plain.items() if earlier else ():
+        if earlier.get(key) != value:
+            raise UsageError(
+                "another sweep is there",
+                where=str(path),
+                found=f"{key} {earlier.get(key)}",
+                expected=str(value),
+                do="Choose another -o.",
+            )
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, {**content, "repetitions": reps})
+    write_json(path, {**plain, "repetitions": reps, "repeated": earlier.get("repeated", [])})
+
+
+def remember_repeated(folder: Path, cell: Cell, problems: Sequence[str]) -> None:
+    """Note in sweep.json that a degraded run was thrown away, and why."""
+    plan = read_json(folder / SWEEP_JSON)
+    plan["repeated"].append({"cell": cell.name, "problems": list(problems)})
+    write_json(folder / SWEEP_JSON, plan)
