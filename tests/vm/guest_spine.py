@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from rxlab.record.workload import Workload
 
 # perf opens its events on an emulated machine in 30 to 60 s.
 perfrecord.ACK_TIMEOUT = 240.0
+# In the guest's memory: each write to the shared file system is traced too, so that perf would record itself without end.
+LOCAL = Path("/tmp")
 
 
 def main() -> None:
@@ -31,7 +34,7 @@ def main() -> None:
     ):
         Path(folder, "interrupts").write_text(Path("/proc/interrupts").read_text())
         run = capture(
-            folder / "run",
+            LOCAL / "run",
             testbed=bed,
             workload=Workload(**{"messages": 300, "timeout": 5.0, **wanted}),
             events=os.environ.get("SPINE_EVENTS", "std"),
@@ -39,6 +42,7 @@ def main() -> None:
             pages=512,
             transaction=journal,
         )
+        shutil.copytree(run.path, folder / "run")
         print(run.run["status"], run.run["problems"])
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,8 @@ NIC = os.environ["GUEST_NIC"]
 PORT = 47100
 # perf opens its events on an emulated machine in 30 to 60 s.
 perfrecord.ACK_TIMEOUT = 240.0
+# In the guest's memory: each write to the shared file system is traced too, so that perf would record itself without end.
+LOCAL = Path("/tmp")
 FLOWS, ROUNDS = 64, 4
 STEPS: dict[str, dict[str, str]] = {"default": {}, "steered": {"irq_cpus": "3", "rps_cpus": "1,2"}}
 TRIALS: dict[str, dict[str, str]] = {
@@ -68,9 +71,10 @@ def step(name: str, wanted: dict[str, str], folder: Path, journal: Transaction, 
     with journal.change(parse_settings(wanted, NIC)):
         seen = steering()
         run = capture(
-            folder / name, testbed=bed, command=None, workload=load, duration=60, idle="off", pages=512,
+            LOCAL / name, testbed=bed, command=None, workload=load, duration=60, idle="off", pages=512,
             transaction=journal, configuration=wanted,
         )  # fmt: skip
+    shutil.copytree(run.path, folder / name)
     return {**seen, "status": run.run["status"], "problems": run.run["problems"]}
 
 
