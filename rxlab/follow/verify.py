@@ -154,7 +154,10 @@ def _stream_calls(columns: Columns, rows: np.ndarray, app_log: np.ndarray, log: 
     log = log[app_log["ret"][log] > 0]
     if not len(log):
         return np.full(len(rows), -1, np.int64)
-    log = log[np.argsort(app_log["t0"][log], kind="stable")]
+    # Several threads may call at once, and return in another order than they called: message numbers, where every call
+    # begins with a message, tell the order of the stream.
+    order = app_log["seq"] if (app_log["seq"][log] >= 0).all() else app_log["t0"]
+    log = log[np.argsort(order[log], kind="stable")]
     end = np.cumsum(app_log["ret"][log].astype(np.int64))
     position = columns["position"][rows]
     last_byte = position - position.min() + columns["payload_len"][rows] - 1

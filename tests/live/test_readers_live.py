@@ -1,0 +1,54 @@
+"""Readers of every kind, judged by their own log: epoll, threads on one socket, peeks, small reads, busy polling, read and readv."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rxlab.dataset.run import open_run
+from rxlab.host.journal import Transaction
+from rxlab.host.settings import parse_settings
+from rxlab.record.capture import capture
+from rxlab.record.testbed import Testbed
+from rxlab.record.workload import Command
+
+PROGRAM = str(Path(__file__).with_name("readers.py"))
+PORT = 47900
+MESSAGES = 2000
+
+CASES = [
+    ("epoll", "tcp", 8), ("epoll_et", "tcp", 8), ("threads", "tcp", 1), ("peek", "tcp", 1), ("small", "tcp", 1),
+    ("busy", "tcp", 1), ("read", "tcp", 1), ("readv", "tcp", 1), ("recvmsg", "tcp", 1), ("threads", "udp", 1),
+    ("peek", "udp", 1), ("busy", "udp", 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "proto", "flows"), CASES)
+def test_reader_is_followed(
+    testbed: Testbed, journal: Transaction, tmp_path: Path, kind: str, proto: str, flows: int
+) -> None:
+    out, log = tmp_path / "run", tmp_path / "app.log"
+    messages = MESSAGES // flows
+    address = str(testbed.dst.ipv4)
+    server = [sys.executable, PROGRAM, "serve", kind, proto, address, str(PORT), str(flows), str(log)]
+    client = [sys.executable, PROGRAM, "send", proto, address, str(PORT), str(flows), str(messages)]
+    # RPS on for half of the kinds, by their order: both states meet every family of readers.
+    rps = str(max(os.sched_getaffinity(0))) if CASES.index((kind, proto, flows)) % 2 else "off"
+    with journal.change(parse_settings({"rps_cpus": rps}, testbed.dst.iface, testbed.dst.netns)):
+        capture(out, testbed=testbed, workload=Command(client, server, PORT), idle="spin", transaction=journal)
+    deadline = time.monotonic() + 10
+    while not log.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    log.rename(out / "app.log")
+    result = open_run(out).verify()
+    sent = messages * flows
+    blind = result["statuses"].get("blind", 0)
+    assert result["misjoined"] == 0, result
+    # The sender may put several small messages into one segment.
+    assert 0.9 * sent <= result["data_packets"] <= sent + 1
+    assert result["checked"] >= 0.97 * (result["data_packets"] - blind), result
+    assert result["byte_sums_equal"] or blind
