@@ -127,10 +127,13 @@ def with_fields(workload: Workload | Command | None, changes: Mapping[str, Any])
     kinds = {entry.name: str(entry.type) for entry in fields(Workload)}
     typed: dict[str, Any] = {}
     for key, value in changes.items():
-        kind = next((kind for kind in (int, float) if kinds[key].startswith(kind.__name__)), None)
+        kind = next((kind for kind in (int, float, str) if kinds[key].startswith(kind.__name__)), None)
+        is_other = isinstance(value, bool | float | list) if kind is int else isinstance(value, bool | list)
         try:
-            typed[key] = kind(value) if kind is not None and value is not None else value
-        except ValueError:
+            if value is not None and kind is not None and (is_other or (kind is str and not isinstance(value, str))):
+                raise ValueError(value)
+            typed[key] = kind(value) if kind in (int, float) and value is not None else value
+        except (ValueError, TypeError):
             raise UsageError(f"workload: {key} cannot be {value!r}") from None
     return replace(workload, **typed)
 
