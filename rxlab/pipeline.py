@@ -21,6 +21,7 @@ from rxlab.stages import EVENT_PRESETS
 
 if TYPE_CHECKING:
     from rxlab.dataset.run import Run
+    from rxlab.follow.join import Joined
 
 
 def open_run(path: str | os.PathLike[str]) -> Run:
@@ -362,12 +363,10 @@ def analyze_run(
     dict
         ``dataset, packets, data_packets, complete, verdict, reasons, missing_stages``.
     """
-    if path is None or perf or pcap:
-        raise UsageError(
-            "recordings without clock readings cannot be aligned yet",
-            expected="a run directory",
-            do="Record with 'rxlab capture'; --perf/--pcap come with the unknown-clock matcher.",
-        )
+    if perf or pcap:
+        return _analyze_recordings(path, out, perf, pcap, iface)
+    if path is None:
+        raise UsageError("nothing to analyse", expected="a run directory, or --perf FILE --pcap FILE")
     run = open_run(path)
     target = Path(out) if out is not None else run.rundir.file(DATASET)
     if not run.is_traced and run.run.get("arm") in EVENT_PRESETS:
@@ -389,16 +388,31 @@ def analyze_run(
     if gone:
         say(f"not recorded, so these stages are missing: {', '.join(gone)}")
     run.analyze(target)
-    found = run.verify()
-    return {
-        "dataset": str(target),
-        "packets": run.joined.packets.n,
-        "data_packets": found["data_packets"],
-        "complete": found["complete"],
-        "verdict": found["verdict"],
-        "reasons": found["reasons"],
-        "missing_stages": gone,
-    }
+    return {**_outcome(target, run.joined, run.verify()), "missing_stages": gone}
+
+
+def _analyze_recordings(
+    path: str | os.PathLike[str] | None,
+    out: str | os.PathLike[str] | None,
+    perf: str | os.PathLike[str] | None,
+    pcap: str | os.PathLike[str] | None,
+    iface: str | None,
+) -> dict[str, Any]:
+    """Analyse a perf.data and a capture made elsewhere, whose clocks are found from the packets."""
+    from rxlab.dataset.run import analyze_recordings
+    from rxlab.follow.verify import verify_join
+
+    if path is not None or not perf or not pcap:
+        raise UsageError("give either a run directory or both files", expected="RUN, or --perf FILE --pcap FILE")
+    target = Path(out) if out is not None else Path(perf).with_suffix(".nc")
+    _, joined = analyze_recordings(perf, pcap, iface, target)
+    return {**_outcome(target, joined, verify_join(joined, None)), "clock_bound_ns": joined.clock.bound_ns}
+
+
+def _outcome(target: Path, joined: Joined, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what to tell about an analysis."""
+    told = {key: found[key] for key in ("data_packets", "complete", "verdict", "reasons")}
+    return {"dataset": str(target), "packets": joined.packets.n, **told}
 
 
 COMPLETE_THRESHOLD = 0.99

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from rxlab.dataset.run import open_run
+from rxlab.dataset.run import join_recordings, open_run
+from rxlab.follow.clockfit import NAT
+from rxlab.stages import STAGE_INDEX
 
+RECV = STAGE_INDEX["recvmsg"]
 DATA = Path(__file__).resolve().parent.parent / "data"
 RUNS = sorted(path.parent.name for path in DATA.glob("*/run.json"))
 TRACED = [name for name in RUNS if (DATA / name / "perf.data").is_file()]
@@ -52,3 +55,15 @@ def test_http_request_is_followed_to_its_reader() -> None:
     seen = ~data["time"].isnull()
     for stage in ("driver_rx", "netif_receive_skb", "tcp_rcv", "data_ready", "copy", "recvmsg"):
         assert bool(seen.sel(stage=stage).all()), stage
+
+
+@pytest.mark.parametrize("name", ["udp-rps-off", "udp-rps-on", "tcp-rps-off", "tcp-rps-on"])
+def test_recordings_without_clock_readings_are_joined_the_same(name: str) -> None:
+    """perf.data and pcap alone, as somebody else's: the truth is the run's own clock readings and log."""
+    run = open_run(DATA / name)
+    joined = join_recordings(run.rundir.file("perf.data"), DATA / name / "rx.pcap", run.run["iface"])
+    assert abs(joined.clock.offset_ns - run.joined.clock.offset_ns) <= joined.clock.bound_ns
+    known = dict(zip(run.joined.packets["pcap_frame"].tolist(), run.joined.time[:, RECV].tolist(), strict=True))
+    for frame, returned in zip(joined.packets["pcap_frame"].tolist(), joined.time[:, RECV].tolist(), strict=True):
+        assert known.get(frame, returned) == returned
+    assert (joined.time[:, RECV] != NAT).sum() >= 398

@@ -14,6 +14,7 @@ import xarray as xr
 from rxlab import rundir
 from rxlab.dataset.store import build, open_dataset, read_app_logs, save
 from rxlab.errors import FormatError
+from rxlab.follow.align import align_recordings
 from rxlab.follow.clockfit import fit_constant
 from rxlab.follow.join import Joined, Machine, join
 from rxlab.follow.verify import message_of_packets, read_app_log, verify_join
@@ -206,3 +207,35 @@ def machine_of(run: dict[str, Any], host: dict[str, Any]) -> Machine:
     macs = {int(str(mac).replace(":", ""), 16) for mac in run.get("local_macs") or []}
     irqs = {int(queue["irq"]) for queue in described.get("queues") or [] if queue.get("irq") is not None}
     return Machine(iface, frozenset(macs - {0}), frozenset(addresses), frozenset(irqs))
+
+
+def join_recordings(perf: str | os.PathLike[str], pcap: str | os.PathLike[str], iface: str | None = None) -> Joined:
+    """Join a perf.data and a capture that came without clock readings: recordings made elsewhere.
+
+    The clock map comes from the packets alone (:func:`rxlab.follow.align.align_recordings`), with its bound, or is refused.
+
+    Raises
+    ------
+    ClockError
+        Packets and events cannot be matched without guessing.
+    """
+    events, packets = read_perfdata(Path(perf)), read_pcap(Path(pcap))
+    clock_name = str(events.meta.get("clock") or "")
+    clock, iface, macs = align_recordings(events.events, packets, iface=iface, perf_clock=clock_name)
+    lost = sum(events.lost["count"].tolist())
+    return join(events.events, packets, clock, Machine(iface, macs), lost=lost)
+
+
+def analyze_recordings(
+    perf: str | os.PathLike[str],
+    pcap: str | os.PathLike[str],
+    iface: str | None = None,
+    out: str | os.PathLike[str] | None = None,
+) -> tuple[xr.DataTree, Joined]:
+    """Join recordings made elsewhere and lay the result out as labelled data; what their host was like is not known."""
+    joined = join_recordings(perf, pcap, iface)
+    run = {"arm": "elsewhere", "iface": iface or "", "command": [], "status": "complete"}
+    tree = build(joined, run=run, host={})
+    if out is not None:
+        save(tree, out)
+    return tree, joined
