@@ -15,7 +15,15 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-NAMES = ("00_start_here", "01_one_packet", "03_where_time_goes", "04_rps_rfs", "90_capture_on_your_host", "99_report")
+NAMES = (
+    "00_start_here",
+    "01_one_packet",
+    "02_align_clocks",
+    "03_where_time_goes",
+    "04_rps_rfs",
+    "90_capture_on_your_host",
+    "99_report",
+)
 LONGEST_CELL = 30
 # Nobody waits longer for a page of results.
 TIMEOUT = 240

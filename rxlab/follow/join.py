@@ -213,15 +213,16 @@ def _match(path: KernelPath, received: Columns, stamp: np.ndarray, clock: ClockM
         rx_time,
         columns["len"],
     )
+    tolerance = max(TOLERANCE_NS, int(clock.bound_ns))
     if position == "bracket":
-        low = np.where(has_driver, columns["stamp_low"] - TOLERANCE_NS, rx_time - STALL_NS)
-        high = np.where(has_driver, columns["stamp_high"] + TOLERANCE_NS, rx_time + TOLERANCE_NS)
+        low = np.where(has_driver, columns["stamp_low"] - tolerance, rx_time - STALL_NS)
+        high = np.where(has_driver, columns["stamp_high"] + tolerance, rx_time + tolerance)
         expected = np.where(has_driver, columns["stamp_low"], rx_time)
     elif position == "tap":
-        low, high = rx_time - TOLERANCE_NS, _tap_limit(path) + TOLERANCE_NS
+        low, high = rx_time - tolerance, _tap_limit(path) + tolerance
         expected = rx_time
     else:
-        low, high, expected = rx_time - STALL_NS, rx_time + TOLERANCE_NS, rx_time
+        low, high, expected = rx_time - STALL_NS, rx_time + tolerance, rx_time
     matched = match_packets(stamp, length, low, high, columns["len"], expected)
     found = matched.event >= 0
     residual = stamp[found] - expected[matched.event[found]]
@@ -387,6 +388,8 @@ def _gate(joined: Joined, evidence: Evidence) -> None:
         "anchors": {"ok": in_doubt <= MAX_FLAGGED * n, "violations": in_doubt},
         "bytes": gates.byte_sums(columns, consumed, columns["proto"] == TCP, taken.bytes_copied),
         "lost": _violations(evidence.lost),
+        # What the fit says of itself: a floor too sparse to carry it, a stamp whose place cannot be known.
+        "clock": {**_violations(len(joined.clock.flags)), "flags": list(joined.clock.flags)},
         "blind": {
             "ok": True,
             "violations": len(windows),
