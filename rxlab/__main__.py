@@ -279,13 +279,16 @@ def report(
 @app.command()
 def export(
     run: Path,
-    to: Annotated[str, typer.Option("--to", help="pyperf, parquet or csv.")],
+    to: Annotated[str, typer.Option("--to", help="pyperf, parquet, csv, pcapng or perfetto.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="File to write.")],
+    reveal: Annotated[
+        bool, typer.Option("--reveal", help="pcapng: packets as recorded, not pseudonyms without payload.")
+    ] = False,
 ) -> None:
-    """Write a run's latencies as a pyperf suite, or its packets as a table."""
-    from rxlab.pipeline import export_run
+    """Write a run for another tool: pyperf suite, table, Wireshark with comments, ui.perfetto.dev."""
+    from rxlab.show.exports import export_run
 
-    print(export_run(run, to, out))
+    print(export_run(run, to, out, reveal=reveal))
 
 
 @app.command()

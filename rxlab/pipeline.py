@@ -443,19 +443,3 @@ def inspect_file(path: str | os.PathLike[str]) -> dict[str, Any]:
         magic = stream.read(8)
     is_perf = magic in (b"PERFILE2", b"2ELIFREP", b"PERFFILE", b"ELIFFREP")
     return inspect_perfdata(file) if is_perf else inspect_pcap(file)
-
-
-EXPORTS = ("pyperf", "parquet", "csv")
-
-
-def export_run(path: str | os.PathLike[str], to: str, out: str | os.PathLike[str]) -> Path:
-    """Write a run's latencies as a pyperf suite, or its packets as Parquet or CSV (rxlab/show/exports.py)."""
-    from rxlab.show.exports import to_pyperf, to_table
-
-    if to not in EXPORTS:
-        raise UsageError("unknown export", where="--to", found=repr(to), expected=", ".join(EXPORTS))
-    run, target = open_run(path), Path(out)
-    if to == "pyperf":
-        return Path(to_pyperf([run], target))
-    wanted = "." + to
-    return Path(to_table(run.tree, target if target.suffix == wanted else target.with_suffix(wanted)))

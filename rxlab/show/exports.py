@@ -1,4 +1,4 @@
-"""Runs for other tools: pyperf suites, Parquet and CSV tables."""
+"""Runs for other tools: pyperf suites, Parquet and CSV tables; pcapng.py and perfetto.py have formats of their own."""
 
 from __future__ import annotations
 
@@ -14,12 +14,34 @@ import pyperf
 import xarray as xr
 
 from rxlab.dataset import schema, stats
+from rxlab.dataset.run import open_run
 from rxlab.errors import RxlabError, UsageError
 from rxlab.show.answer import METRICS
+from rxlab.show.pcapng import to_pcapng
+from rxlab.show.perfetto import to_perfetto
 from rxlab.show.trust import AnalysedRun
 
 # pyperf keeps every value as JSON text; its estimators need no more than this many of a run.
 MAX_VALUES = 10_000
+EXPORTS = ("pyperf", "parquet", "csv", "pcapng", "perfetto")
+
+
+def export_run(path: str | os.PathLike[str], to: str, out: str | os.PathLike[str], *, reveal: bool = False) -> Path:
+    """Write a recorded run for another tool: one of `EXPORTS`.
+
+    `reveal` keeps the packets of a pcapng as recorded; the others hold no addresses.
+    """
+    if to not in EXPORTS:
+        raise UsageError("unknown export", where="--to", found=repr(to), expected=", ".join(EXPORTS))
+    run, target = open_run(path), Path(out)
+    if to == "pyperf":
+        return to_pyperf([run], target)
+    if to == "pcapng":
+        return to_pcapng(run, target, reveal=reveal)
+    if to == "perfetto":
+        return to_perfetto(run.tree, target)
+    wanted = "." + to
+    return to_table(run.tree, target if target.suffix == wanted else target.with_suffix(wanted))
 
 
 def to_pyperf(runs: Sequence[Any], path: str | os.PathLike[str], *, hops: Sequence[str] = ("total_latency",)) -> Path:
