@@ -193,6 +193,30 @@ def compare(
 
 
 @app.command()
+def sweep(
+    spec: Annotated[str, typer.Argument(metavar="SPEC.toml", help="A sweep spec, or the name of a shipped one.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the runs and the dataset.")] = Path("out/sweep"),
+    iface: Iface = None,
+    testbed: Testbed = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Record only what is missing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print plan, duration and size, and stop.")] = False,
+    reps: Annotated[int | None, typer.Option(min=1, help="Repetitions, instead of the spec's.")] = None,
+    remote: Remote = None,
+    allow: Allow = False,
+    yes_this_nic: YesNic = False,
+) -> None:
+    """Record every combination of a sweep spec, and lay all runs out as one Zarr dataset."""
+    from rxlab.pipeline import run_sweep
+
+    options = {"resume": resume, "allow_system_changes": allow, "yes_this_nic": yes_this_nic} if not dry_run else {}
+    store = run_sweep(
+        spec, out, testbed=testbed, iface=iface, reps=reps, remote=remote, dry_run=dry_run, say=_say, **options
+    )
+    if store is not None:
+        print(f"dataset: {store}")
+
+
+@app.command()
 def analyze(
     run: Annotated[Path | None, typer.Argument(help="Run directory.")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="netCDF file; RUN/run.nc by default.")] = None,

@@ -80,9 +80,12 @@ def record_run(
     :class:`rxlab.record.workload.Workload`, and `settings` as sysfs words (``{"rps_cpus": "0,2"}``). A `command` may have a
     `server`, a command line started on the captured side first.
     """
+    from rxlab.host.access import HostAccess
     from rxlab.host.journal import apply
     from rxlab.host.settings import parse_settings
+    from rxlab.host.topology import resolve_intents
     from rxlab.record.capture import capture, note_restored
+    from rxlab.record.sweep import reader_cpu
     from rxlab.record.testbed import Testbed
     from rxlab.record.workload import Command, Workload
 
@@ -101,7 +104,9 @@ def record_run(
         journal = stack.enter_context(apply(allow_system_changes=allow_system_changes, yes_this_nic=yes_this_nic))
         bed = stack.enter_context(Testbed(gro=gro, registry=journal)) if testbed else None
         iface, netns = (bed.dst.iface, bed.dst.netns) if bed else (iface, netns)
-        stack.enter_context(journal.change(parse_settings(dict(settings or {}), iface, netns)))
+        with HostAccess(None) as host:
+            wanted = resolve_intents(settings or {}, reader_cpu(traffic), host)
+        stack.enter_context(journal.change(parse_settings(wanted, iface, netns)))
         recorded = capture(
             out,
             iface=None if bed else iface,
@@ -291,6 +296,32 @@ def experiment(
                 say(f"  {rundir_of_cell.path.name}: {problem}")
             runs.append(open_run(rundir_of_cell.path))
     return _analyze_and_report(runs, folder, say)
+
+
+def run_sweep(
+    spec: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    testbed: bool = False,
+    iface: str | None = None,
+    reps: int | None = None,
+    remote: str | None = None,
+    dry_run: bool = False,
+    say: Callable[[str], None] = print,
+    **options: Any,
+) -> Path | None:
+    """Record a sweep spec (options as :func:`rxlab.record.spec.record_spec` takes them); return its Zarr store."""
+    from rxlab.record.spec import plan_lines, plan_spec, record_spec
+
+    plan = plan_spec(spec, testbed=testbed, iface=iface, reps=reps, remote=remote)
+    if dry_run:
+        say("\n".join(plan_lines(plan)))
+        return None
+    blind = idle_task_is_blind() if plan.idle == "auto" else None
+    record_spec(plan, out, testbed=testbed, iface=iface, idle_task_is_blind=blind, say=say, **options)
+    from rxlab.dataset.sweepstore import aggregate_sweep
+
+    return aggregate_sweep(out, say=say)
 
 
 def _settings_text(configuration: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ CONVENTIONS = "CF-1.11"
 REAL, MONO = "CLOCK_REALTIME", "CLOCK_MONOTONIC"
 SAME_FLAGS = ("unknown", "different", "same")  # values -1, 0, 1
 DIRECTIONS = ("rx", "tx")
+VERDICTS = ("absent", "untraced", "trusted", "degraded", "refused")
 RESIDUAL_QUANTILES = (0.0, 0.01, 0.5, 0.99, 1.0)
 
 # Steps are named by the stage they end at; the first stage of the path ends nothing.
@@ -282,6 +283,15 @@ def _sweep() -> list[Variable]:
         Variable("sweep", "coverage", (*base, "stage"), "float64", "1", "", "share matched", "as /coverage fraction", "NaN: no run or no trace"),
         Variable("sweep", "lost", base, "float64", "1", "", "events lost", "perf's LOST count", "NaN: no run or no trace"),
         Variable("sweep", "clock_bound", base, "float64", "ns", "", "error bound", "as /clocks bound", "NaN: no run or no trace"),
+        Variable("sweep", "verdict", base, "int8", "1", "", "verdict of the run", "of the join's gates; untraced runs have none", "absent: no run", flags=VERDICTS),
+        Variable("sweep", "packets", base, "float64", "1", "", "IP packets received", "IpInReceives and Ip6InReceives of the network namespace", "NaN: no run"),
+        Variable("sweep", "softirqs_per_hardirq", base, "float64", "1", "", "NET_RX softirqs per hard IRQ", "on all CPUs, against the interface's own interrupts", "NaN: no run, or no interrupt"),
+        Variable("sweep", "call_ipis_per_packet", base, "float64", "1", "", "function call IPIs per packet", "/proc/interrupts 'Function call interrupts': RPS sends them; whole host", "NaN: no run, or not counted"),
+        Variable("sweep", "reschedule_ipis_per_packet", base, "float64", "1", "", "reschedule IPIs per packet", "/proc/interrupts 'Rescheduling interrupts': a wakeup on another CPU; whole host", "NaN: no run, or not counted"),
+        Variable("sweep", "wakeups_per_packet", base, "float64", "1", "", "wakeups per data packet", "distinct instants of stage waking, per usable packet", "NaN: no run or no trace"),
+        Variable("sweep", "cpu_time_per_packet", (*base, "cpu_mode", "cpu"), "float64", "ns", "", "CPU time per packet", "/proc/stat over IP packets received; spinners count as user", "NaN: no run"),
+        Variable("sweep", "softnet", (*base, "softnet_field", "cpu"), "float64", "1", "", "softnet_stat", "difference over the run", "NaN: no run"),
+        Variable("sweep", "interrupts", (*base, "queue", "cpu"), "float64", "1", "", "interrupts of the queue", "difference over the run", "NaN: no run; absent: no queue has one", True),
     ]  # fmt: skip
 
 

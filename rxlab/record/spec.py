@@ -59,10 +59,12 @@ SPECS = Path(__file__).with_name("specs")
 COMMAND_KEYS = ("command", "server", "server_port")
 PLACES = ("any", "testbed", "iface")
 
-# What a plan is reckoned with, from the runs of data/ and those of the live tests (two virtual CPUs); it is printed as "about".
+# What a plan is reckoned with, from the runs of data/ (two virtual CPUs); it is printed as "about". A traced run also holds
+# what the rest of the machine did meanwhile.
 ROUND_TRIP_SECONDS = 120e-6
 RUN_SECONDS = {"untraced": 1.3, "pcap": 2.2, "min": 3.5, "std": 3.5, "full": 4.0}
-RUN_BYTES = 300_000
+RUN_BYTES = {"untraced": 150_000, "pcap": 160_000, "min": 800_000, "std": 1_200_000, "full": 1_800_000}
+BYTES_PER_SECOND = {"untraced": 0, "pcap": 0, "min": 500_000, "std": 1_000_000, "full": 1_500_000}
 BYTES_PER_MESSAGE = {"untraced": 100, "pcap": 400, "min": 2_500, "std": 4_500, "full": 6_500}
 
 
@@ -334,11 +336,12 @@ def estimate(spec: Spec, cell: Cell) -> Estimate:
     load = with_fields(spec.workload, split_configuration(cell.configuration)[1])
     start = RUN_SECONDS[cell.arm]
     if not isinstance(load, Workload):
-        return Estimate(start + 1.0, RUN_BYTES)
+        return Estimate(start + 1.0, RUN_BYTES[cell.arm] + BYTES_PER_SECOND[cell.arm])
     per_second = load.rate if load.mode == "open" else load.flows / ROUND_TRIP_SECONDS
     limits = [load.messages * load.flows / per_second] if load.messages else []
     seconds = min([*limits, *([load.duration] if load.duration else [])])
-    return Estimate(start + seconds, int(RUN_BYTES + seconds * per_second * BYTES_PER_MESSAGE[cell.arm]))
+    per_run = RUN_BYTES[cell.arm] + seconds * (BYTES_PER_SECOND[cell.arm] + per_second * BYTES_PER_MESSAGE[cell.arm])
+    return Estimate(start + seconds, int(per_run))
 
 
 def plan_lines(spec: Spec) -> Iterator[str]:
@@ -455,10 +458,23 @@ class Progress:
         self._say(f"[{number + 1}/{total}] {cell_text(cell)}" + (": there already" if is_there else f" ({left} left)"))
 
 
-def with_options(spec: Spec, *, reps: int | None = None, remote: str | None = None) -> Spec:
-    """Return the spec with what the command line says instead."""
+def plan_spec(
+    source: str | os.PathLike[str],
+    *,
+    testbed: bool = False,
+    iface: str | None = None,
+    reps: int | None = None,
+    remote: str | None = None,
+) -> Spec:
+    """Read a spec, with what the command line says instead of the file, and check it against this host."""
+    spec = load_spec(source)
     if remote is not None:
         workload = with_fields(spec.workload, {"remote": remote})
         assert workload is not None
         spec = replace(spec, workload=workload)
-    return spec if reps is None else replace(spec, repetitions=reps)
+    if reps is not None:
+        spec = replace(spec, repetitions=reps)
+    if bool(iface) == testbed:
+        raise UsageError("where shall the sweep run", expected="either --iface IF or --testbed")
+    check_host(spec, testbed=testbed, iface=iface)
+    return spec
