@@ -238,6 +238,16 @@ def test_a_kernel_that_refuses_the_filters_records_without(tmp_path: Path, monke
     assert "filters not used" in recorder.problems[0]
 
 
+def test_a_perf_that_never_answers_is_no_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alive, silent, and recording nothing: the traffic must not start, or the run would look complete."""
+    fake_tool(tmp_path / "bin", "perf", "import time; time.sleep(30)", monkeypatch)
+    monkeypatch.setattr(perfrecord, "ACK_TIMEOUT", 0.3)
+    recorder = one_event(tmp_path, monkeypatch)
+    with pytest.raises(CaptureError, match="acknowledged 'enable'"):
+        recorder.start()
+    assert recorder.process is None or recorder.process.poll() is not None
+
+
 def test_a_perf_that_fails_at_its_end_makes_the_run_partial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_tool(tmp_path / "bin", "perf", FAKE_PERF.format(refuse_filters=False, status=5), monkeypatch)
     recorder = one_event(tmp_path, monkeypatch)

@@ -148,13 +148,15 @@ class PerfRecorder:
     def start(self) -> None:
         """Start perf and return when it records. Once without filters when the kernel refuses them."""
         self._launch()
-        if not self.command("enable") and self.filters and "filter" in self.stderr():
+        is_recording = self.command("enable")
+        if not is_recording and self.filters and "filter" in self.stderr():
             self.problems.append(f"filters not used: {last_message(self.stderr())}")
             self.filters = {}
             self.kill()
             self._launch()
-            self.command("enable")
-        if not self.is_alive():
+            is_recording = self.command("enable")
+        # A perf that runs but has not answered would record nothing of the traffic, and the run would look complete.
+        if not is_recording or not self.is_alive():
             message = self.stderr()
             self.kill()
             raise CaptureError(
