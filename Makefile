@@ -25,7 +25,7 @@ test: system-test $(STAMP) ## set up and run the whole test suite; the live part
 	@.ci/test $(BIN)/python
 
 # A guest shares this machine's root file system, so root; kernels and QEMU (900 MB) are kept in ~/.cache/rxlab-vm.
-test-vm: system-test $(STAMP) ## other kernels and a NIC with queues, in QEMU on Debian as root: minutes per guest
+test-vm: system-test $(STAMP) ## unfinished: other kernels and a NIC with queues, in QEMU (no guest capture has been analysed yet)
 	@tests/vm/fetch
 	RXLAB_VM=1 timeout --foreground --signal=INT --kill-after=60 45m $(BIN)/python -m pytest tests/vm
 
