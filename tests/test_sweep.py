@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from rxlab.host.settings import Setting
 from rxlab.record import sweep as sweeping
 from rxlab.record.sweep import Cell, plan_sweep, split_configuration, sweep, with_fields
 from rxlab.record.workload import Command, Workload
-from rxlab.rundir import RunDir, open_rundir, write_json
+from rxlab.rundir import RunDir, open_rundir, read_json, write_json
 
 TWO = [{"flows": 1}, {"flows": 4}]
 
@@ -199,3 +200,92 @@ def test_another_sweep_in_the_same_folder_is_refused(tmp_path: Path, journal: Jo
         with pytest.raises(UsageError, match="another sweep"):
             run_all(tmp_path, journal, **change)
     assert len(run_all(tmp_path, journal, reps=3)) == 12, "more repetitions are the same sweep, continued"
+
+
+def test_blocked_order_finishes_one_configuration_before_the_next() -> None:
+    blocked = plan_sweep(TWO, reps=3, arms=("untraced", "std"), seed=4, order="blocked")
+    assert [cell.index for cell in blocked] == [0] * 6 + [1] * 6
+    assert sorted(cell.name for cell in blocked) == sorted(
+        cell.name for cell in plan_sweep(TWO, reps=3, arms=("untraced", "std"), seed=4)
+    )
+    with pytest.raises(UsageError, match="shuffled, blocked"):
+        plan_sweep(TWO, reps=1, arms=("std",), order="sorted")
+
+
+def test_labels_go_with_their_configuration_into_the_run(tmp_path: Path, journal: Journal, recorder: Recorder) -> None:
+    labels = [{"load": "light"}, {"load": "heavy"}]
+    run_all(tmp_path, journal, labels=labels, reps=1, arms=("std",))
+    assert {options["configuration"]["flows"]: options["sweep"]["labels"] for _, options in recorder.calls} == {
+        1: {"load": "light"}, 4: {"load": "heavy"},
+    }  # fmt: skip
+
+
+def test_degraded_runs_are_recorded_again_a_bounded_number_of_times(
+    tmp_path: Path, journal: Journal, recorder: Recorder
+) -> None:
+    recorder.statuses["c00-r00-std"] = "partial"
+    names = run_all(tmp_path, journal, retries=2, reps=1, arms=("std",))
+    assert Counter(name for name, _ in recorder.calls) == {"c00-r00-std": 3, "c01-r00-std": 1}
+    assert sorted(names) == ["c00-r00-std", "c01-r00-std"], "each cell is handed out once"
+    assert open_rundir(tmp_path / "c00-r00-std").run["status"] == "partial", "the last try is kept as it is"
+    repeated = read_json(tmp_path / "sweep.json")["repeated"]
+    assert [entry["cell"] for entry in repeated] == ["c00-r00-std"] * 2
+    assert run_all(tmp_path / "other", journal, retries=2, reps=1, arms=("untraced",))
+    assert read_json(tmp_path / "other" / "sweep.json")["repeated"] == []
+
+
+def test_a_degraded_run_that_gets_well_is_the_one_kept(
+    tmp_path: Path, journal: Journal, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[str] = []
+
+    def heals(out: Path, **options: Any) -> RunDir:
+        recorder.statuses[out.name] = "complete" if out.name in tries else "partial"
+        tries.append(out.name)
+        return recorder(out, **options)
+
+    monkeypatch.setattr(sweeping, "capture", heals)
+    run_all(tmp_path, journal, retries=5, reps=1, arms=("std",))
+    assert Counter(tries) == {"c00-r00-std": 2, "c01-r00-std": 2}
+    assert {open_rundir(path.parent).run["status"] for path in tmp_path.glob("c*/run.json")} == {"complete"}
+
+
+def test_warm_up_runs_come_first_and_leave_nothing(tmp_path: Path, journal: Journal, recorder: Recorder) -> None:
+    run_all(tmp_path, journal, warm_up=2, reps=1, arms=("std",))
+    assert [name for name, _ in recorder.calls[:2]] == [sweeping.WARM_UP] * 2
+    assert {options["events"] for _, options in recorder.calls[:2]} == {"untraced"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c00-r00-std", "c01-r00-std", "sweep.json"]
+    recorder.calls.clear()
+    run_all(tmp_path, journal, warm_up=2, reps=1, arms=("std",))
+    assert recorder.calls == [], "nothing is missing, so nothing needs warming up"
+
+
+def test_intents_become_the_cpu_of_each_configuration(
+    tmp_path: Path, journal: Journal, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_force = []
+    plain = recorder.__call__
+
+    def look(out: Path, **options: Any) -> RunDir:
+        in_force.append((options["workload"].server_cpu, [setting.wanted for setting in journal.in_force or []]))
+        return plain(out, **options)
+
+    monkeypatch.setattr(sweeping, "capture", look)
+    both = [{"rps_cpus": "same-core", "app_cpu": cpu} for cpu in sorted(os.sched_getaffinity(0))[:2]]
+    run_all(tmp_path, journal, both, reps=1, arms=("std",))
+    assert in_force
+    assert all(wanted == [str(cpu)] for cpu, wanted in in_force)
+
+
+def test_nothing_is_recorded_when_one_configuration_cannot_be_set(
+    tmp_path: Path, journal: Journal, recorder: Recorder
+) -> None:
+    with pytest.raises(HostSettingError, match="online"):
+        run_all(tmp_path, journal, [{"rps_cpus": "off"}, {"rps_cpus": "4000"}])
+    assert recorder.calls == []
+
+
+def test_another_workload_is_another_sweep(tmp_path: Path, journal: Journal, recorder: Recorder) -> None:
+    run_all(tmp_path, journal)
+    with pytest.raises(UsageError, match="another sweep"):
+        run_all(tmp_path, journal, workload=Workload(messages=7))

@@ -16,7 +16,7 @@ from rxlab.errors import HostSettingError
 from rxlab.host.access import HostAccess
 from rxlab.host.cpulist import format_cpus, mask_to_cpus, parse_cpus
 from rxlab.host.interrupts import parse_interrupts, queue_irqs
-from rxlab.host.topology import local_identity, read_cpus, read_queues, snapshot_host
+from rxlab.host.topology import cpu_meant, local_identity, read_cpus, read_queues, resolve_intents, snapshot_host
 
 
 @pytest.mark.parametrize(
@@ -150,3 +150,47 @@ def test_identity_of_loopback() -> None:
     macs, addresses = local_identity("lo")
     assert macs == ["00:00:00:00:00:00"]
     assert "127.0.0.1" in addresses
+
+
+def machine(nodes: int, cores: int, threads: int) -> list[dict[str, object]]:
+    """Return CPUs numbered as x86 does it: first threads of all cores, then the second ones; one cache per node."""
+    total = nodes * cores
+    return [
+        {"cpu": cpu, "core": cpu % total, "llc": cpu % total // cores * cores, "node": cpu % total // cores, "online": True}
+        for cpu in range(total * threads)
+    ]  # fmt: skip
+
+
+def test_intents_mean_the_cpu_a_person_would_point_at() -> None:
+    cpus = machine(nodes=2, cores=4, threads=2)
+    meant = {
+        near: [cpu_meant(intent, near, cpus) for intent in ("same-core", "sibling", "same-llc", "other-node")]
+        for near in (1, 6, 14)
+    }
+    assert meant == {1: [1, 9, 0, 4], 6: [6, 14, 4, 0], 14: [14, 6, 4, 0]}
+    cpus[9]["online"] = False
+    with pytest.raises(HostSettingError, match="second hardware thread"):
+        cpu_meant("sibling", 1, cpus)
+
+
+@pytest.mark.parametrize(
+    ("intent", "lacking"),
+    [("sibling", "second hardware thread"), ("same-llc", "other core"), ("other-node", "other NUMA node")],
+)
+def test_a_machine_without_such_a_cpu_says_so(intent: str, lacking: str) -> None:
+    with pytest.raises(HostSettingError, match=lacking):
+        cpu_meant(intent, 0, machine(nodes=1, cores=1, threads=1))
+    assert cpu_meant("same-core", 0, machine(nodes=1, cores=1, threads=1)) == 0
+
+
+def test_intents_are_resolved_only_where_cpus_are_meant(tmp_path: Path) -> None:
+    with FakeHost(tmp_path).open() as access:
+        wanted = {"irq_cpus": "sibling", "rps_cpus:1": "same-core", "xps_cpus": "0-1", "governor": "powersave"}
+        assert resolve_intents(wanted, 1, access) == {
+            "irq_cpus": "0", "rps_cpus:1": "1", "xps_cpus": "0-1", "governor": "powersave",
+        }  # fmt: skip
+        assert resolve_intents({"rps_cpus": "off"}, None, access) == {"rps_cpus": "off"}
+        with pytest.raises(HostSettingError, match="which CPU the application reads on"):
+            resolve_intents({"rps_cpus": "sibling"}, None, access)
+        with pytest.raises(HostSettingError, match="no such CPU online"):
+            resolve_intents({"rps_cpus": "sibling"}, 7, access)
