@@ -12,6 +12,7 @@ import numpy as np
 import xarray as xr
 
 from rxlab import rundir
+from rxlab.dataset import accessor as accessor  # gives trees and sweeps their .rx
 from rxlab.dataset.store import build, open_dataset, read_app_logs, save
 from rxlab.errors import FormatError
 from rxlab.follow.align import align_recordings

@@ -1,0 +1,119 @@
+"""``.rx``: the same numbers as the functions and the planted truth."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from joined_builder import make_app_logs, make_host, make_joined, make_run
+from matplotlib.figure import Figure
+
+import rxlab
+from rxlab.dataset import aggregate, run, stats, store
+from rxlab.errors import RxlabError, UsageError
+from rxlab.stages import STAGE_INDEX
+
+assert run.accessor  # the import that registers it
+
+
+@pytest.fixture(scope="module")
+def joined():
+    return make_joined(300, lost_rows=[7])
+
+
+@pytest.fixture(scope="module")
+def tree(joined):
+    return store.build(joined, run=make_run(), host=make_host())
+
+
+def sweep(ratio: float, reps: int):
+    rng = np.random.default_rng(3)
+    trees = []
+    for index, (rps, gro) in enumerate((rps, gro) for rps in ("off", "1") for gro in ("off", "on")):
+        for _ in range(reps):
+            slower = ratio if rps == "1" else 1.0
+            latency = (
+                (10_000 + 1000 * index % 2) * slower * np.exp(rng.normal(0, 0.01) + 0.2 * rng.standard_normal(400))
+            )
+            about = make_run(arm="untraced", configuration={"rps_cpus": rps, "gro": gro}, perf=None, tcpdump=None)
+            trees.append(store.build(None, run=about, host=make_host(), app_latency=make_app_logs(latency)))
+    return aggregate.combine(trees)
+
+
+def test_hops_and_locality_are_those_of_stats(tree):
+    assert tree.rx.hops().equals(stats.quantile_table(tree))
+    assert tree.rx.locality() == stats.locality(tree)
+
+
+def test_slowest_are_the_planted_ones(tree, joined):
+    found = tree.rx.slowest(5)
+    planted = joined.truth.sum(axis=1).astype(float)
+    planted[7] = -1  # lost: not complete
+    rows = np.argsort(-planted, kind="stable")[:5]
+    np.testing.assert_array_equal(found["row"], rows)
+    np.testing.assert_array_equal(found["total_latency"], planted[rows])
+    np.testing.assert_array_equal(found["frame"], joined.packets["pcap_frame"][rows])
+    for at, row in enumerate(rows.tolist()):
+        worst = int(joined.truth[row].argmax())
+        assert STAGE_INDEX[str(found["slowest_hop"].values[at])] == worst
+        assert found["hop_latency"].values[at] == joined.truth[row, worst]
+        assert found["cpu"].values[at] == joined.cpu[row, worst]
+    assert set(found["comm"].values) == {"rx_server"}
+
+
+def test_comparing_a_run_with_a_slower_one(tree):
+    slower = store.build(make_joined(300, steps={"copy": 9000}, seed=2), run=make_run(), host=make_host())
+    median = tree.rx.compare(slower, hop="copy")[0]
+    assert median.ratio == pytest.approx(9000 / 2100, rel=0.05)
+    assert median.verdict == stats.CANNOT_TELL  # one run of each
+
+
+def test_a_planted_effect_is_found_in_a_sweep_at_every_held_setting():
+    found = sweep(1.3, reps=5).rx.compare("rps_cpus")
+    assert found.sizes == {"rps_cpus": 1, "gro": 2, "quantile": 3}
+    assert found["rps_cpus"].values.tolist() == ["1"]
+    assert found.attrs["baseline"] == "rps_cpus=off"
+    np.testing.assert_allclose(found["ratio"].sel(quantile=0.5), 1.3, rtol=0.06)
+    assert (found["verdict"].sel(quantile=0.5) == stats.WORSE).all()
+    assert ((found["ratio_low"] < found["ratio"]) & (found["ratio"] < found["ratio_high"])).all()
+
+
+def test_no_effect_and_one_repetition_decide_nothing():
+    assert (sweep(1.0, reps=5).rx.compare("rps_cpus")["verdict"] == stats.CANNOT_TELL).all()
+    single = sweep(1.3, reps=1).rx.compare("rps_cpus")
+    assert (single["verdict"] == stats.CANNOT_TELL).all()
+    assert single["ratio_low"].isnull().all()
+
+
+def test_the_sweeps_hops_and_slowest_configurations():
+    dataset = sweep(2.0, reps=3)
+    hops = dataset.rx.hops()
+    assert set(hops.dims) == {"rps_cpus", "gro", "hop", "quantile"}
+    slowest = dataset.rx.slowest(2)
+    assert set(slowest["rps_cpus"].values) == {"1"}
+    assert slowest.values[0] >= slowest.values[1]
+
+
+def test_mistakes_are_told(tree):
+    with pytest.raises(UsageError, match="expected .*rps_cpus"):
+        sweep(1.0, reps=2).rx.compare("rps")
+    with pytest.raises(UsageError, match="no such arm"):
+        sweep(1.0, reps=2).rx.compare("rps_cpus", arm="std")
+    with pytest.raises(RxlabError, match="not a sweep"):
+        tree["hops"].to_dataset().rx.hops()
+    with pytest.raises(RxlabError, match="no packets"):
+        store.build(None, run=make_run(arm="untraced"), host=make_host()).rx.hops()
+
+
+@pytest.mark.parametrize("name", ["packet", "stages", "ecdf", "steering", "coverage", "clock"])
+def test_every_plot_draws(tree, name):
+    assert isinstance(getattr(tree.rx.plot, name)(), Figure)
+
+
+def test_it_is_there_on_a_recorded_run_and_not_before_rxlab_is_imported(repo):
+    tree = rxlab.open_run(repo / "data" / "tcp-rps-on").tree
+    assert tree.rx.slowest(3).sizes["packet"] == 3
+    code = "import xarray as xr; assert not hasattr(xr.DataTree, 'rx'); import rxlab.dataset.run; assert hasattr(xr.DataTree, 'rx')"
+    subprocess.run([sys.executable, "-c", code], check=True)
