@@ -7,7 +7,7 @@ import pytest
 import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
-from joined_builder import make_app_logs, make_host, make_joined, make_run
+from joined_builder import make_app_logs, make_counters, make_host, make_joined, make_run
 
 from rxlab.dataset import aggregate, schema, store
 from rxlab.errors import RxlabError, SchemaError
@@ -107,3 +107,34 @@ def test_curves_are_short_however_many_packets():
     assert (np.diff(latency) >= 0).all()
     exact = (values[:, None] >= latency[None, ::50]).mean(axis=0)
     np.testing.assert_allclose(above[::50], exact, rtol=1e-9)
+
+
+def test_interrupts_of_a_queue_and_softirqs_per_hardirq():
+    counters = make_counters()
+    counters["difference"]["interrupts"]["25"] = {"label": "eth0-TxRx-0", "cpus": [100, 40]}
+    run = make_run(arm="untraced")
+    tree = store.build(None, run=run, host=make_host(), counters=counters, app_latency=make_app_logs(np.full(5, 9e3)))
+    grid = aggregate.Grid({}, 1, ["untraced"], n_cpus=2, queues=[0, 3])
+    found = aggregate.summarize(tree, grid, {0: 25})
+    assert float(found["softirqs_per_hardirq"]) == (400 + 300) / 140
+    np.testing.assert_array_equal(found["interrupts"], [[100, 40], [np.nan, np.nan]])
+    assert grid.empty().interrupts.dims == ("repetition", "arm", "queue", "cpu")
+
+
+def test_every_variable_of_a_sweep_is_the_schemas():
+    empty = aggregate.Grid({"rps": ["off", "on"]}, 2, ["untraced"], n_cpus=2, queues=[0]).empty()
+    wanted = {spec.name: spec for spec in schema.SCHEMA if spec.group == "sweep"}
+    assert set(empty.data_vars) == set(wanted)
+    for name, spec in wanted.items():
+        assert empty[name].dims == ("rps", *spec.dims[1:])
+        assert empty[name].dtype == spec.dtype
+        assert empty[name].attrs["long_name"] == spec.long_name
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind"), [([0, 1], "i"), ([1, 2.5], "f"), (["off", 1], "U"), ([True, False], "U"), ([], "U")]
+)
+def test_labels_are_numbers_where_all_are(labels, kind):
+    found = aggregate.label_array(labels)
+    assert found.shape == (len(labels),)
+    assert found.dtype.kind == kind or not labels
