@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,7 +93,7 @@ def test_the_issues_specs_are_shipped() -> None:
         ("[settings]\nbusy_read = []", ["busy_read", "must be there"]),
         ("[settings]\nflows = 2", ["flows", "[workload]"]),
         ('[settings]\nidle = ["spin", "never"]', ["idle", "never"]),
-        ("[workload]\nmesages = 5", ["mesages", "messages"]),
+        ("[workload]\nflow = 5", ["'flow'", "flows"]),
         ('[workload]\nproto = "sctp"', ["proto", "sctp"]),
         ("[workload]\nflows = [1, 0]", ["flows", "0"]),
         ("[workload]\nflows = [1, 2.5]", ["flows", "2.5"]),
@@ -212,6 +214,16 @@ def test_options_of_the_command_line_win(tmp_path: Path) -> None:
         plan_spec(path)
     with pytest.raises(UsageError, match="where shall"):
         plan_spec(path, testbed=True, iface="lo")
+
+
+def test_a_dry_run_prints_the_plan_and_records_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rxlab", "sweep", "observer", "--testbed", "--reps", "1", "--dry-run"]
+    shown = subprocess.run([*command, "-o", "out"], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "10 runs, 2 configurations x 1 repetitions x 5 arms" in shown.stdout
+    assert list(tmp_path.iterdir()) == []
+    wrong = subprocess.run([*command, "--iface", "lo"], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
 
 
 def test_the_host_is_not_changed_without_being_told(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def aggregate_sweep(
     plan = read_json(where / SWEEP_JSON)
     runs = recorded_runs(where, int(plan["repetitions"]))
     grid = grid_of(plan, runs)
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    unfinished = target.with_name(f".{target.name}.tmp")
     try:
         create_store(unfinished, grid, plan)
         for number, run in enumerate(runs):
@@ -169,7 +169,7 @@ def write_run(path: Path, grid: Grid, run: Run, plan: Mapping[str, Any]) -> None
     place = place_of(grid, run, plan)
     if not run.rundir.has(DATASET):
         run.analyze_in_place()
-    tree = run.tree
+    tree = Run(run.path).tree  # not this run's own: it would keep the whole dataset in memory
     try:
         found = summarize(tree, grid, queue_irqs(run))
     finally:
