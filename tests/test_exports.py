@@ -92,3 +92,16 @@ def test_tables_hold_the_packets(tmp_path, suffix):
 def test_an_unknown_suffix_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match=r"\.parquet or \.csv"):
         exports.to_table(store.build(make_joined(3), run=make_run(), host=make_host()), tmp_path / "x.xlsx")
+
+
+@pytest.mark.parametrize(
+    ("to", "start"), [("pcapng", b"\n\r\r\n"), ("perfetto", b"\n"), ("csv", b"flow,"), ("parquet", b"PAR1")]
+)
+def test_a_recorded_run_is_exported_in_every_format(repo, tmp_path, to, start):
+    written = exports.export_run(repo / "data" / "http", to, tmp_path / f"x.{to}")
+    assert written.read_bytes().startswith(start)
+
+
+def test_an_unknown_format_lists_the_known_ones(repo, tmp_path):
+    with pytest.raises(UsageError, match="pyperf, parquet, csv, pcapng, perfetto"):
+        exports.export_run(repo / "data" / "http", "har", tmp_path / "x")
