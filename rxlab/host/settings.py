@@ -272,8 +272,12 @@ def parse_settings(
             )
         canonical = canonical_value(key, str(value), cpus)
         for place in places:
-            if n_queues is None:
+            if n_queues is None and place.netns == access.netns:
                 place.read(access)
+            elif n_queues is None:
+                # A network namespace does not show the sysctls it shares with the host (rps_sock_flow_entries).
+                with HostAccess(place.netns, access.root) as own:
+                    place.read(own)
             settings.append(replace(place, wanted=canonical))
     return sorted(settings, key=lambda setting: setting.rank)
 

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from rxlab.host.settings import parse_settings
+from rxlab.record.testbed import Testbed
 from rxlab.rundir import CLIENT_LOG_FIELDS, RUN_JSON
 
 SPEC = """
@@ -150,3 +152,10 @@ def test_counters_show_rps_at_work(swept: tuple[Path, dict[str, int], str]) -> N
 def test_nothing_of_the_sweep_is_left(swept: tuple[Path, dict[str, int], str]) -> None:
     left = [entry.name for entry in swept[0].iterdir() if entry.name.startswith(".")]
     assert left == []
+
+
+def test_settings_that_a_namespace_does_not_show_can_be_swept(testbed: Testbed) -> None:
+    # rps_sock_flow_entries is the whole host's: /proc/sys/net/core of the testbed's namespace lacks it.
+    wanted = {"rps_sock_flow_entries": 1024, "rps_flow_cnt": 1024}
+    found = {setting.key: setting.netns for setting in parse_settings(wanted, testbed.dst.iface, testbed.dst.netns)}
+    assert found == {"rps_sock_flow_entries": None, "rps_flow_cnt": testbed.dst.netns}
