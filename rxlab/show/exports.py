@@ -29,7 +29,7 @@ EXPORTS = ("pyperf", "parquet", "csv", "pcapng", "perfetto")
 def export_run(path: str | os.PathLike[str], to: str, out: str | os.PathLike[str], *, reveal: bool = False) -> Path:
     """Write a recorded run for another tool: one of `EXPORTS`.
 
-    `reveal` keeps the packets of a pcapng as recorded; the others hold no addresses.
+    `reveal` keeps the packets of a pcapng as recorded; the others hold no network addresses.
     """
     if to not in EXPORTS:
         raise UsageError("unknown export", where="--to", found=repr(to), expected=", ".join(EXPORTS))
