@@ -24,6 +24,9 @@ app = typer.Typer(
     add_completion=False,
 )
 host_app = typer.Typer(help="What this host is and how it is set.", no_args_is_help=True)
+# Typer has click as a dependency or as a part of itself, by version; its own BadParameter is of the right one.
+_ClickError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+_INTERRUPTED = 130  # 128 + SIGINT
 app.add_typer(host_app, name="host")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
@@ -226,7 +229,7 @@ def analyze(
     as_json: Json = False,
 ) -> None:
     """Join a run's packets and events into the dataset."""
-    from rxlab.pipeline import analyze_run
+    from rxlab.pipeline import analysis_threshold, analyze_run
 
     with _working("analysing"):
         result = analyze_run(run, out=out, perf=perf, pcap=pcap, iface=iface, say=_say)
@@ -236,8 +239,9 @@ def analyze(
         print(
             f"dataset: {result['dataset']}  packets {result['packets']}  complete {result['complete']:.4f}  verdict {result['verdict']}"
         )
-    if result["verdict"] == "refused":
-        raise RefusedError("; ".join(result["reasons"]) or "verdict refused", where=str(run or perf))
+    below = analysis_threshold(result)
+    if below:
+        raise RefusedError(below, where=str(run or perf))
 
 
 @app.command()
@@ -372,10 +376,28 @@ def _print_json(content: Any) -> None:
     print(json.dumps(content, indent=1, default=str))
 
 
+def _usage(error: Any) -> int:
+    """Print a usage error as one line, or the help when nothing was asked for; return the exit status."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return int(error.exit_code)
+    message = " ".join(error.format_message().split()).rstrip(".")
+    context = getattr(error, "ctx", None)
+    hint = f". Try '{context.command_path} --help'." if context is not None else ""
+    print(f"rxlab: {message}{hint}", file=sys.stderr)
+    return int(error.exit_code)
+
+
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr, never a traceback."""
     try:
-        app()
+        # Not standalone: Typer would draw boxes around usage errors, and end without a word on Ctrl-C.
+        status = app(standalone_mode=False)
+        if status == _INTERRUPTED:
+            raise KeyboardInterrupt
+        raise SystemExit(status or 0)
+    except _ClickError as error:
+        raise SystemExit(_usage(error)) from None
     except RxlabError as error:
         print(f"rxlab: {error.line()}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
@@ -387,9 +409,9 @@ def main() -> None:
         where = f"{error.filename}: " if error.filename else ""
         print(f"rxlab: {where}{error.strerror or error}", file=sys.stderr)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         print("rxlab: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(_INTERRUPTED) from None
 
 
 if __name__ == "__main__":

@@ -146,6 +146,8 @@ def demo(
     from rxlab.doctor import examine
 
     folder = Path(out)
+    _set_aside(folder, say)
+    _make_room(folder)
     found = examine()
     lacks = [f"{check.name}: {check.found}" for check in found.checks if check.status == "fail"]
     if os.geteuid() != 0:
@@ -170,7 +172,6 @@ def demo(
 def _demo_on_recorded(folder: Path, say: Callable[[str], None]) -> Path:
     """Analyse copies of the recorded runs and report on them."""
     recorded = recorded_runs()
-    _make_room(folder)
     for source in recorded:
         target = folder / source.path.name
         shutil.copytree(source.path, target)
@@ -329,23 +330,26 @@ def _settings_text(configuration: Mapping[str, Any]) -> str:
 
 
 def _make_room(folder: Path) -> None:
-    """Remove the runs an earlier demo or compare left in `folder`; refuse a folder that holds anything else."""
-    if not folder.exists():
-        folder.mkdir(parents=True)
+    """Make a folder for runs; refuse one that holds anything: recordings are never overwritten."""
+    folder.mkdir(parents=True, exist_ok=True)
+    held = sorted(entry.name for entry in folder.iterdir())
+    if held:
+        raise UsageError(
+            "the folder for the runs is not empty",
+            where=str(folder),
+            found=", ".join(held[:3]),
+            do="Choose another --out.",
+        )
+
+
+def _set_aside(folder: Path, say: Callable[[str], None]) -> None:
+    """Rename the folder of an earlier demo, so that this one can take its name and nothing is lost."""
+    if not (folder / rundir.SWEEP_JSON).exists() and not (folder / "report.html").exists():
         return
-    ours = {"sweep.json", "report.html", "report.ipynb"}
-    for entry in sorted(folder.iterdir()):
-        if entry.is_dir() and (entry / rundir.RUN_JSON).is_file():
-            shutil.rmtree(entry)
-        elif entry.name in ours:
-            entry.unlink()
-        else:
-            raise UsageError(
-                "folder holds something that is not rxlab's",
-                where=str(folder),
-                found=entry.name,
-                do="Choose another --out.",
-            )
+    number = next(n for n in range(1, 10_000) if not folder.with_name(f"{folder.name}.{n}").exists())
+    kept = folder.with_name(f"{folder.name}.{number}")
+    folder.rename(kept)
+    say(f"the runs of an earlier demo are kept as {kept}")
 
 
 def _analyze_and_report(
@@ -449,15 +453,20 @@ def _outcome(target: Path, joined: Joined, found: Mapping[str, Any]) -> dict[str
 COMPLETE_THRESHOLD = 0.99
 
 
-def verification_threshold(result: Mapping[str, Any]) -> str | None:
-    """Return why a verification is below its threshold, None where it is not."""
+def analysis_threshold(result: Mapping[str, Any]) -> str | None:
+    """Return why an analysis is below its threshold, None where it is not."""
     if result["verdict"] == "refused":
         return "verdict refused: " + "; ".join(result["reasons"])
-    if result["misjoined"]:
-        return f"{result['misjoined']} packets are joined to the wrong receive call"
-    if result["complete"] < COMPLETE_THRESHOLD:
+    if result["verdict"] != "untraced" and result["complete"] < COMPLETE_THRESHOLD:
         return f"only {result['complete']:.4f} of the data packets are complete (threshold {COMPLETE_THRESHOLD})"
     return None
+
+
+def verification_threshold(result: Mapping[str, Any]) -> str | None:
+    """Return why a verification is below its threshold, None where it is not."""
+    if result["misjoined"]:
+        return f"{result['misjoined']} packets are joined to the wrong receive call"
+    return analysis_threshold(result)
 
 
 def inspect_file(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import random
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from rxlab.dataset.run import join_recordings, open_run
+from rxlab.errors import TruncatedFileError
 from rxlab.follow.clockfit import NAT
+from rxlab.rundir import APP_LOG_STRUCT
 from rxlab.stages import STAGE_INDEX
 
 RECV = STAGE_INDEX["recvmsg"]
@@ -67,3 +71,46 @@ def test_recordings_without_clock_readings_are_joined_the_same(name: str) -> Non
     for frame, returned in zip(joined.packets["pcap_frame"].tolist(), joined.time[:, RECV].tolist(), strict=True):
         assert known.get(frame, returned) == returned
     assert (joined.time[:, RECV] != NAT).sum() >= 398
+
+
+class TestDamage:
+    """Files that were cut or overwritten never give a verdict of "trusted", and never a wrong row."""
+
+    @pytest.fixture
+    def run(self, tmp_path: Path) -> Path:
+        copy = tmp_path / "run"
+        shutil.copytree(DATA / "tcp-rps-on", copy)
+        return copy
+
+    @pytest.mark.parametrize("share", [0.2, 0.3, 0.5, 0.7, 0.9, 0.99])
+    def test_capture_cut_anywhere_joins_what_it_has_right(self, run: Path, share: float) -> None:
+        whole = (DATA / "tcp-rps-on" / "rx.pcap").read_bytes()
+        (run / "rx.pcap").write_bytes(whole[: int(share * len(whole))])
+        result = open_run(run).verify()
+        assert result["misjoined"] == 0
+        assert result["checked"] > 0.9 * share * 400 - 10
+        assert result["verdict"] == "degraded"
+        assert any("cut after packet" in reason for reason in result["reasons"])
+
+    @pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
+    def test_recording_cut_before_its_formats_says_so(self, run: Path, share: float) -> None:
+        whole = (DATA / "tcp-rps-on" / "perf.data").read_bytes()
+        (run / "perf.data").write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(TruncatedFileError, match="cut before its event formats"):
+            open_run(run).verify()
+
+    def test_recording_overwritten_in_the_middle_is_not_trusted(self, run: Path) -> None:
+        content = bytearray((run / "perf.data").read_bytes())
+        content[len(content) // 2 : len(content) // 2 + 5000] = random.Random(1).randbytes(5000)
+        (run / "perf.data").write_bytes(content)
+        result = open_run(run).verify()
+        assert not result["misjoined"]
+        assert result["verdict"] in ("degraded", "refused")
+        assert any("damaged" in reason for reason in result["reasons"])
+
+    def test_log_that_lost_a_call_contradicts_the_verdict(self, run: Path) -> None:
+        log = (run / "app.log").read_bytes()
+        (run / "app.log").write_bytes(log[: -2 * APP_LOG_STRUCT.size])
+        result = open_run(run).verify()
+        assert result["verdict"] == "degraded"
+        assert "bytes read differ from bytes on the wire" in result["reasons"]

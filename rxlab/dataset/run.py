@@ -14,7 +14,7 @@ import xarray as xr
 from rxlab import rundir
 from rxlab.dataset import accessor as accessor  # gives trees and sweeps their .rx
 from rxlab.dataset.store import build, open_dataset, read_app_logs, save
-from rxlab.errors import FormatError
+from rxlab.errors import FormatError, TruncatedFileError
 from rxlab.follow.align import align_recordings
 from rxlab.follow.clockfit import fit_constant
 from rxlab.follow.join import Joined, Machine, join
@@ -83,7 +83,7 @@ class Run:
                 expected=PERF_DATA,
                 do="This run was not traced; record one with --events min, std or full.",
             )
-        return read_perfdata(self.rundir.file(PERF_DATA))
+        return read_events(self.rundir.file(PERF_DATA))
 
     @cached_property
     def packets(self) -> Columns:
@@ -106,7 +106,10 @@ class Run:
 
         clock = fit_constant(self.rundir.json(CLOCK_JSON)["readings"], where=str(self.rundir.file(CLOCK_JSON)))
         lost = int(self.perf.meta.get("lost_total", sum(self.perf.lost["count"].tolist())))
-        return join(self.perf.events, self.packets, clock, machine_of(self.run, self.host), lost=lost)
+        machine = machine_of(self.run, self.host)
+        return join(
+            self.perf.events, self.packets, clock, machine, lost=lost, damage=damage_of(self.perf, self.packets)
+        )
 
     def missing_stages(self) -> list[str]:
         """Return the stages this recording cannot show, for want of their events."""
@@ -181,6 +184,36 @@ class Run:
         return message_of_packets(pcap, packets["offset"], packets["payload_offset"], packets["caplen"])
 
 
+def read_events(path: Path) -> PerfData:
+    """Read a perf.data whose tracepoints can be decoded.
+
+    Raises
+    ------
+    TruncatedFileError
+        The recording lost the formats of its events, which perf writes last.
+    """
+    perf = read_perfdata(path)
+    nameless = [name for name in perf.events if name.startswith("tracepoint:")]
+    if perf.meta.get("truncated") and nameless:
+        raise TruncatedFileError(
+            "the recording is cut before its event formats, so its events cannot be decoded",
+            where=str(path),
+            found="; ".join(perf.meta.get("warnings") or []) or "it ends early",
+            do="Record again; rxlab.read_perfdata(path, local_formats=True) reads it on the kernel that recorded it.",
+        )
+    return perf
+
+
+def damage_of(perf: PerfData, packets: Columns) -> tuple[str, ...]:
+    """Return what is missing from the files themselves, one clause each."""
+    told = []
+    if perf.meta.get("truncated"):
+        told.append("perf.data is damaged: " + ("; ".join(perf.meta.get("warnings") or []) or "it ends early"))
+    if packets.attrs.get("truncated"):
+        told.append(f"the capture is cut after packet {packets.n}")
+    return tuple(told)
+
+
 def open_run(path: str | os.PathLike[str]) -> Run:
     """Open a run directory that ``rxlab capture`` wrote.
 
@@ -220,11 +253,12 @@ def join_recordings(perf: str | os.PathLike[str], pcap: str | os.PathLike[str], 
     ClockError
         Packets and events cannot be matched without guessing.
     """
-    events, packets = read_perfdata(Path(perf)), read_pcap(Path(pcap))
+    events, packets = read_events(Path(perf)), read_pcap(Path(pcap))
     clock_name = str(events.meta.get("clock") or "")
     clock, iface, macs = align_recordings(events.events, packets, iface=iface, perf_clock=clock_name)
     lost = sum(events.lost["count"].tolist())
-    return join(events.events, packets, clock, Machine(iface, macs), lost=lost)
+    damage = damage_of(events, packets)
+    return join(events.events, packets, clock, Machine(iface, macs), lost=lost, damage=damage)
 
 
 def analyze_recordings(

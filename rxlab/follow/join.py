@@ -40,6 +40,8 @@ from rxlab.stages import ORDER, PATH_KINDS, STAGE_INDEX, STATUSES
 
 _RX = STAGE_INDEX["netif_receive_skb"]
 MAX_FLAGGED = 0.01
+# tcpdump runs a little longer than perf: some of a live capture's packets always lie outside.
+MAX_OUTSIDE = 0.25
 
 
 @dataclass
@@ -94,6 +96,7 @@ def join(
     machine: Machine,
     *,
     lost: int = 0,
+    damage: tuple[str, ...] = (),
 ) -> Joined:
     """Join kernel events and captured packets.
 
@@ -107,6 +110,8 @@ def join(
     machine : Machine
     lost : int
         Events perf reported as lost.
+    damage : tuple of str
+        What is known to be missing from the files themselves; a damaged run is never trusted.
 
     Raises
     ------
@@ -132,7 +137,7 @@ def join(
     tid, wake = _join_reader(rows, events, path, skb, taken)
     columns = _columns(received, path, skb, tid, wake, rows, events)
     columns = columns.with_columns(position=position, is_data=(payload > 0) & (is_tcp | is_udp))
-    return _judge(rows, columns, flows, Evidence(events, path, matched, taken, clock, stamp, lost))
+    return _judge(rows, columns, flows, Evidence(events, path, matched, taken, clock, stamp, lost, damage))
 
 
 def _received(packets: Columns, machine: Machine) -> tuple[Columns, Columns]:
@@ -396,6 +401,9 @@ def _gate(joined: Joined, evidence: Evidence) -> None:
             "window_ns": int((windows[:, 3] - windows[:, 2]).sum()),
             "tasks": gates.blind_tasks(evidence.events, windows),
         },
+        "window": _window_gate(columns["is_data"], names),
+        # A software stamp is taken inside netif_rx or at the tap. One that is neither is not this capture's clock.
+        "stamp": _violations(int(joined.clock.method == "readings" and joined.clock.stamp_position == "nic")),
         "flagged": {"ok": fraction <= MAX_FLAGGED, "violations": int(flagged.sum()), "fraction": fraction},
     }
     if not n:
@@ -405,8 +413,15 @@ def _gate(joined: Joined, evidence: Evidence) -> None:
         joined.reasons = ["fewer than half of the captured data packets were found in the kernel's events"]
     else:
         failed = [name for name, gate in joined.gates.items() if not gate["ok"]]
-        joined.verdict = "degraded" if failed else "trusted"
+        joined.verdict = "degraded" if failed or evidence.damage else "trusted"
         joined.reasons = [f"{name}: {joined.gates[name]['violations']} violations" for name in failed]
+    joined.reasons += evidence.damage
+
+
+def _window_gate(is_data: np.ndarray, names: np.ndarray) -> dict[str, Any]:
+    """Judge how many data packets came while perf was not recording: more than the edges of a run says it stopped."""
+    outside = int((is_data & (names == "outside_window")).sum())
+    return {"ok": outside <= MAX_OUTSIDE * int(is_data.sum()), "violations": outside}
 
 
 def _violations(count: int) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def classify_stamp(
     """Tell from the data where the pcap stamp was taken.
 
     Decided from the event side, which is robust to lost events: the fraction of events with a stamp of the same length
-    inside their window.
+    inside their window. Only events inside the capture's time count: a capture that was cut says nothing about the rest.
 
     Parameters
     ----------
@@ -69,6 +69,9 @@ def classify_stamp(
     """
 
     def fraction(time: np.ndarray, length: np.ndarray, span: np.ndarray) -> float:
+        if len(packet_time):
+            during = (time >= packet_time.min() - STALL_NS) & (time <= packet_time.max())
+            time, length, span = time[during], length[during], span[during]
         if not len(time) or not len(packet_time):
             return 0.0
         step = max(1, len(time) // sample)

@@ -46,6 +46,8 @@ class Evidence:
         The pcap stamps, converted.
     lost : int
         Events perf reported as lost.
+    damage : tuple of str
+        What is known to be missing from the files themselves: a capture or a recording that was cut.
     """
 
     events: Mapping[str, Columns]
@@ -55,6 +57,7 @@ class Evidence:
     clock: ClockMap
     stamp: np.ndarray
     lost: int
+    damage: tuple[str, ...] = ()
 
 
 def recorded_stages(events: Mapping[str, Columns]) -> set[str]:

@@ -114,11 +114,25 @@ def verify_join(
         "reasons": list(joined.reasons),
         "statuses": {name: int((names == name).sum()) for name in STATUSES if (names == name).any()},
     }
-    if app_log is None or not len(app_log):
-        return result
-    call = calls_of_packets(joined, app_log, messages)
-    _judge_calls(result, joined, app_log, call)
-    result["byte_sums_equal"] = bool(result["byte_sums_equal"]) and _log_sums_equal(joined, app_log, call)
+    if app_log is not None and len(app_log):
+        call = calls_of_packets(joined, app_log, messages)
+        _judge_calls(result, joined, app_log, call)
+        result["byte_sums_equal"] = bool(result["byte_sums_equal"]) and _log_sums_equal(joined, app_log, call)
+    return _with_judges(result)
+
+
+def _with_judges(result: dict[str, Any]) -> dict[str, Any]:
+    """Take back a verdict of "trusted" that a judge contradicts."""
+    counters = result["counters_agree"]
+    against = {
+        f"{result['misjoined']} packets joined to another call than the log says": bool(result["misjoined"]),
+        "bytes read differ from bytes on the wire": result["byte_sums_equal"] is False,
+        "the kernel's counters do not agree with the join": counters is not None and not counters["ok"],
+    }
+    reasons = [reason for reason, holds in against.items() if holds]
+    if reasons and result["verdict"] == "trusted":
+        result["verdict"] = "degraded"
+    result["reasons"] += reasons
     return result
 
 

@@ -140,6 +140,25 @@ def test_demo_refuses_a_folder_of_somebody_else(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
+def test_an_earlier_demo_is_kept(tmp_path: Path) -> None:
+    """A second demo, even one that is ended at once, leaves the recordings of the first."""
+    out = tmp_path / "demo"
+    (out / "c00-r00-std").mkdir(parents=True)
+    (out / "report.html").write_text("the first report")
+    victim = subprocess.Popen(
+        [sys.executable, "-m", "rxlab", "demo", "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert victim.stdout is not None
+    assert "demo.1" in victim.stdout.readline()
+    victim.send_signal(signal.SIGINT)
+    victim.communicate(timeout=60)
+    assert (tmp_path / "demo.1" / "report.html").read_text() == "the first report"
+    assert (tmp_path / "demo.1" / "c00-r00-std").is_dir()
+
+
 def test_verify_command_exits_by_its_threshold(demo: Path) -> None:
     done = rxlab("verify", str(traced(demo)[0]), "--json")
     result = json.loads(done.stdout)
