@@ -182,3 +182,20 @@ def test_locality_is_the_share_of_packets_processed_where_they_are_read():
     near, far = _tree(1, path_kind="backlog_rps"), _tree(2)
     assert stats.locality(near) == {"same_cpu": 1, "same_core": 1, "same_llc": 1, "same_node": 1}
     assert stats.locality(far) == {"same_cpu": 0, "same_core": 0, "same_llc": 1, "same_node": 1}
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_repetitions_that_say_nothing_get_no_interval_and_no_verdict(n):
+    rng = np.random.default_rng(7)
+    runs = [np.full(100, level) + rng.normal(0, 1, 100) for level in (1e3, 1e6, 1e9)[:n]]
+    estimate = stats.estimate_quantile(runs, 0.5)
+    assert np.isnan([estimate.low, estimate.high]).all()
+    for found in stats.compare(runs, [10 * run for run in runs]):
+        assert np.isnan([found.ratio_low, found.ratio_high, found.difference_low, found.difference_high]).all()
+        assert found.verdict == stats.CANNOT_TELL
+
+
+def test_two_equal_runs_give_no_verdict_either():
+    rng = np.random.default_rng(8)
+    a, b = ([rng.normal(level, 1, 200) for _ in range(2)] for level in (1e4, 2e4))
+    assert {found.verdict for found in stats.compare(a, b)} == {stats.CANNOT_TELL}

@@ -28,6 +28,8 @@ from rxlab.stages import STAGE_INDEX, STATUSES
 QUANTILES = (0.5, 0.9, 0.99)  # with an interval
 SHOWN = (0.999, 1.0)  # shown without a claim
 BATCHES = 20
+MIN_REPETITIONS = 3  # two runs' spread has one degree of freedom: t then spans anything from 0 to years
+MAX_FACTOR = 100.0  # an interval whose ends are further apart than this says that nothing is known
 BETTER, WORSE, CANNOT_TELL = "better", "worse", "cannot tell"
 
 
@@ -38,7 +40,7 @@ class Estimate:
     Attributes
     ----------
     value, low, high : float
-        NaN limits: too few values for an interval.
+        NaN limits: too few values (below `MIN_REPETITIONS` runs) for an interval, or they lie too far apart for one.
     n : int
         Values it rests on: packets within one run, runs over repetitions.
     kind : str
@@ -62,11 +64,11 @@ class Comparison:
     a, b : float
         Geometric mean over the runs of the run's quantile, ns.
     ratio, ratio_low, ratio_high : float
-        B / A and its interval.
+        B / A and its interval; NaN limits (of the difference too): not known, and then there is no verdict.
     difference, difference_low, difference_high : float
         B - A, ns.
     p_value, p_corrected : float
-        Welch's, and after Holm's correction; NaN with one run on either side.
+        Welch's, and after Holm's correction; NaN with fewer than `MIN_REPETITIONS` runs on either side.
     verdict : str
         ``"better"``, ``"worse"`` (B than A, at the corrected 5 % level) or ``"cannot tell"``.
     runs_a, runs_b : int
@@ -220,11 +222,16 @@ def over_repetitions(values: Sequence[float], *, confidence: float = 0.95) -> Es
     n = len(logs)
     center = logs.mean() if n else np.nan
     half = np.nan
-    if n > 1:
-        half = distributions.t.ppf(1 - (1 - confidence) / 2, n - 1) * logs.std(ddof=1) / np.sqrt(n)
+    if n >= MIN_REPETITIONS:
+        half = _known(distributions.t.ppf(1 - (1 - confidence) / 2, n - 1) * logs.std(ddof=1) / np.sqrt(n))
     return Estimate(
         float(np.exp(center)), float(np.exp(center - half)), float(np.exp(center + half)), n, "over repetitions"
     )
+
+
+def _known(half: float) -> float:
+    """Return the half width of an interval on the log scale, NaN where it is too wide to say anything."""
+    return half if 2 * half <= np.log(MAX_FACTOR) else np.nan
 
 
 def estimate_quantile(runs: Sequence[np.ndarray], quantile: float, *, confidence: float = 0.95) -> Estimate:
@@ -273,16 +280,18 @@ def _compare_quantile(
     a, b = np.exp(centers)
     shift = centers[1] - centers[0]
     tail = 1 - (1 - confidence) / 2
-    if min(n) > 1:
+    half = raw_half = p_value = np.nan
+    kind = "over repetitions"
+    if min(n) >= MIN_REPETITIONS:
         error, freedom = _welch([log.var(ddof=1) for log in logs], n)
-        half = distributions.t.ppf(tail, freedom) * error
+        half = _known(distributions.t.ppf(tail, freedom) * error)
         raw_error, raw_freedom = _welch([value.var(ddof=1) for value in values], n)
-        raw_half = distributions.t.ppf(tail, raw_freedom) * raw_error
-        p_value = float(2 * distributions.t.sf(abs(shift) / error, freedom)) if error > 0 else float(shift == 0)
-        kind = "over repetitions"
-    else:
+        if not np.isnan(half):
+            raw_half = distributions.t.ppf(tail, raw_freedom) * raw_error
+            p_value = float(2 * distributions.t.sf(abs(shift) / error, freedom)) if error > 0 else float(shift == 0)
+    elif min(n) == 1:
         half, raw_half = _within(sides)
-        p_value, kind = np.nan, "within one run"
+        half, kind = _known(half), "within one run"
     difference = b - a
     return Comparison(
         quantile, float(a), float(b), float(np.exp(shift)), float(np.exp(shift - half)), float(np.exp(shift + half)),
@@ -308,7 +317,7 @@ def _within(sides: Sequence[Sequence[Estimate]]) -> tuple[float, float]:
 
 
 def _repetitions_needed(logs: Sequence[np.ndarray], shift: float, tail: float) -> int | None:
-    if min(map(len, logs)) < 2 or shift == 0:
+    if min(map(len, logs)) < MIN_REPETITIONS or shift == 0:
         return None
     variance = sum(float(log.var(ddof=1)) for log in logs)
     reach = distributions.norm.ppf(tail) + distributions.norm.ppf(0.8)
@@ -343,14 +352,14 @@ def explain(a_trees: Sequence[xr.DataTree], b_trees: Sequence[xr.DataTree], *, q
     -------
     xarray.Dataset
         dims (hop,): ``a``, ``b`` contribution of the hop to the quantile, ns, mean over runs; ``difference`` b - a, adding up to
-        ``total``; ``low``, ``high`` the interval of the difference over repetitions (NaN with one run on either side).
+        ``total``; ``low``, ``high`` the interval of the difference over repetitions (NaN below `MIN_REPETITIONS` runs).
     """
     tables = [np.stack([contributions(tree, quantile).values for tree in trees]) for trees in (a_trees, b_trees)]
     hops = contributions(a_trees[0], quantile)["hop"].values
     means = [table.mean(axis=0) for table in tables]
     half = np.full(len(hops), np.nan)
     n = [len(table) for table in tables]
-    if min(n) > 1:
+    if min(n) >= MIN_REPETITIONS:
         variances = [table.var(axis=0, ddof=1) for table in tables]
         for index in range(len(hops)):
             error, freedom = _welch([variance[index] for variance in variances], n)
