@@ -76,6 +76,10 @@ class HostSettingError(RxlabError):
     """A host setting could not be read, written, read back or restored."""
 
 
+class WrongSettingError(UsageError, HostSettingError):
+    """A key or value that no host could take: a mistake on the command line or in a spec, so exit status 2."""
+
+
 class CaptureError(RxlabError):
     """A capture could not start, or did not record all it was asked for."""
 

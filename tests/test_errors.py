@@ -55,6 +55,7 @@ def test_every_class_says_when_it_is_raised_and_exits_non_zero(kind: type[RxlabE
 def test_exit_codes_are_those_of_the_command_line() -> None:
     assert {kind.__name__: kind.exit_code for kind in CLASSES if kind.exit_code != 1} == {
         "UsageError": 2,
+        "WrongSettingError": 2,
         "RefusedError": 3,
     }
     assert (RxlabError.exit_code, UsageError.exit_code, RefusedError.exit_code) == (1, 2, 3)

@@ -9,7 +9,7 @@ from host_builder import FakeHost, tree_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rxlab.errors import HostSettingError
+from rxlab.errors import HostSettingError, WrongSettingError
 from rxlab.host.settings import KINDS, Setting, check_keys, collateral, expand, parse_settings, read_settings
 
 
@@ -57,7 +57,7 @@ def test_values(tmp_path: Path, key: str, written: object, canonical: str, raw: 
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        ({"rps_cpu": "1"}, "rps_cpu: unknown setting: expected one of rps_cpus"),
+        ({"rps_cpu": "1"}, "rps_cpu: unknown setting: expected one of channels, rx-channels"),
         ({"rps_cpus": "0,7"}, "found '0,7', expected CPUs that are online: 0-1"),
         ({"rps_cpus": "all"}, "expected CPUs as a list"),
         ({"irq_cpus": "off"}, "expected at least one CPU"),
@@ -96,6 +96,26 @@ def test_keys_are_checked_without_a_host() -> None:
     check_keys({"rps_cpus": "5000", "rx-usecs": 3})
     with pytest.raises(HostSettingError, match="unknown setting"):
         check_keys({"rpscpus": "0"})
+
+
+@pytest.mark.parametrize("wanted", [{"rps_cpus": "99"}, {"rps_cpus": "abc"}, {"bogus": "1"}, {"rps_cpus:x": "1"}])
+def test_what_cannot_be_meant_is_a_usage_error(tmp_path: Path, wanted: dict[str, object]) -> None:
+    with pytest.raises(WrongSettingError) as caught:
+        parse(FakeHost(tmp_path), wanted)
+    assert caught.value.exit_code == 2
+
+
+def test_what_the_host_lacks_is_no_usage_error(tmp_path: Path) -> None:
+    with pytest.raises(HostSettingError) as caught:
+        parse(FakeHost(tmp_path), {"netdev_max_backlog": "5"})
+    assert caught.value.exit_code == 1
+
+
+def test_an_unknown_key_is_answered_with_all_keys() -> None:
+    with pytest.raises(WrongSettingError) as caught:
+        check_keys({"rpscpus": "0"})
+    assert all(key in str(caught.value) for key in KINDS)
+    assert str(caught.value).endswith("Is rps_cpus meant?")
 
 
 def test_host_wide_settings_are_of_no_namespace(tmp_path: Path) -> None:

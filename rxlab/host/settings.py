@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from rxlab.errors import HostSettingError
+from rxlab.errors import HostSettingError, WrongSettingError
 from rxlab.host.access import HostAccess
 from rxlab.host.cpulist import CPU_INTENTS, format_cpus, online_cpus, parse_cpus
 from rxlab.host.interrupts import queue_irqs
@@ -248,8 +248,10 @@ def parse_settings(
 
     Raises
     ------
+    WrongSettingError
+        A key or value that cannot be meant: one line that names the key, what was found and what would be right.
     HostSettingError
-        One line that names the key, what was found and what would be right.
+        This host does not have it, or it cannot be read.
     """
     check_keys(wanted)
     if access is None:
@@ -287,12 +289,12 @@ def check_keys(wanted: Mapping[str, object]) -> None:
     for text, value in wanted.items():
         key = _normal_key(text).partition(":")[0]
         if key not in KINDS:
-            close = difflib.get_close_matches(key, KINDS, n=3, cutoff=0.5)
-            raise HostSettingError(
+            close = difflib.get_close_matches(key, KINDS, n=1, cutoff=0.6)
+            raise WrongSettingError(
                 "unknown setting",
                 where=text,
-                expected="one of " + ", ".join(close or KINDS),
-                do="'rxlab host show' lists all settings.",
+                expected="one of " + ", ".join(KINDS),
+                do=f"Is {close[0]} meant?" if close else None,
             )
         canonical_value(key, str(value), None)
 
@@ -307,8 +309,8 @@ def canonical_value(key: str, text: str, cpus: Iterable[int] | None) -> str:
     """
     kind, text = KINDS[key], text.strip()
 
-    def wrong(expected: str) -> HostSettingError:
-        return HostSettingError("not a value for this setting", where=key, found=repr(text), expected=expected)
+    def wrong(expected: str) -> WrongSettingError:
+        return WrongSettingError("not a value for this setting", where=key, found=repr(text), expected=expected)
 
     if kind.value in ("mask", "cpus"):
         if cpus is None and text in CPU_INTENTS:
@@ -444,7 +446,7 @@ def _normal_key(text: str) -> str:
     if key not in KINDS and key.replace("_", "-") in KINDS:
         key = key.replace("_", "-")
     if colon and not queue.isdigit():
-        raise HostSettingError("not a queue number", where=text, found=repr(queue), expected="KEY:N, as in rps_cpus:0")
+        raise WrongSettingError("not a queue number", where=text, found=repr(queue), expected="KEY:N, as in rps_cpus:0")
     return key + colon + queue
 
 
