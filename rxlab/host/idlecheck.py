@@ -11,12 +11,10 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from rxlab.errors import CaptureError
 
@@ -117,24 +115,35 @@ def check_idle_task(seconds: float = 1.0, perf: str = "perf") -> IdleCheck:
     """
     if shutil.which(perf) is None:
         raise CaptureError("perf is missing", do="apt install linux-perf (Fedora: dnf install perf).")
-    with tempfile.TemporaryDirectory(prefix="rxlab-idle-") as folder:
-        recording = str(Path(folder, "perf.data"))
-        command = [perf, "record", "-q", "-a", "-k", "CLOCK_MONOTONIC", "-e", "sched:sched_switch", "-o", recording]
-        stop = threading.Event()
-        threads = [threading.Thread(target=_nap, args=(cpu, stop), daemon=True) for cpu in os.sched_getaffinity(0)]
+    # In memory, and gone with the last process that has it open: a check that is killed leaves nothing behind.
+    memory = os.memfd_create("rxlab-idle", os.MFD_CLOEXEC)
+    try:
+        return check_chain(_record_switches(seconds, perf, memory))
+    finally:
+        os.close(memory)
+
+
+def _record_switches(seconds: float, perf: str, memory: int) -> str:
+    """Record into the file of a descriptor while every CPU naps, and return what perf prints of it."""
+    recording = f"/proc/self/fd/{memory}"
+    command = [perf, "record", "-q", "-a", "-k", "CLOCK_MONOTONIC", "-e", "sched:sched_switch", "-o", recording]
+    stop = threading.Event()
+    threads = [threading.Thread(target=_nap, args=(cpu, stop), daemon=True) for cpu in os.sched_getaffinity(0)]
+    for thread in threads:
+        thread.start()
+    try:
+        done = subprocess.run(
+            [*command, "--", "sleep", str(seconds)], capture_output=True, text=True, check=False, pass_fds=[memory]
+        )
+    finally:
+        stop.set()
         for thread in threads:
-            thread.start()
-        try:
-            done = subprocess.run([*command, "--", "sleep", str(seconds)], capture_output=True, text=True, check=False)
-        finally:
-            stop.set()
-            for thread in threads:
-                thread.join()
-        if done.returncode != 0:
-            lines = [line for line in done.stderr.splitlines() if line.strip()]
-            raise CaptureError("perf cannot record", found=lines[0] if lines else f"exit {done.returncode}")
-        script = [perf, "script", "-i", recording, "--ns", "-F", "cpu,time,event,trace"]
-        return check_chain(subprocess.run(script, capture_output=True, text=True, check=False).stdout)
+            thread.join()
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise CaptureError("perf cannot record", found=lines[0] if lines else f"exit {done.returncode}")
+    script = [perf, "script", "-i", recording, "--ns", "-F", "cpu,time,event,trace"]
+    return subprocess.run(script, capture_output=True, text=True, check=False, pass_fds=[memory]).stdout
 
 
 def _nap(cpu: int, stop: threading.Event) -> None:

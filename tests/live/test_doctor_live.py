@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,15 @@ def test_with_spinners_the_idle_task_is_never_entered() -> None:
     assert sum(check.switches.values()) > 50
     assert sum(check.idle_breaks.values()) == 0
     assert sum(check.idle_entries.values()) <= 0.02 * sum(check.switches.values())
+
+
+def test_a_check_that_is_killed_leaves_no_file(tmp_path: Path) -> None:
+    code = "from rxlab.host.idlecheck import check_idle_task; print('up', flush=True); check_idle_task(1.0)"
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"up\n"
+        time.sleep(0.4)
+        process.kill()
+    assert list(tmp_path.iterdir()) == []
+    time.sleep(1)  # perf ends by itself with its sleep
