@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import matplotlib as mpl
 import numpy as np
@@ -142,3 +143,26 @@ def test_pyplot_is_not_imported():
 )
 def test_durations_read_well(ns, text):
     assert plots.microseconds(ns) == text
+
+
+def test_a_large_ratio_is_on_the_axis_and_an_unknown_interval_is_not_drawn():
+    rng = np.random.default_rng(5)
+    a, b = ([rng.lognormal(np.log(level), 0.1, 200) for _ in range(2)] for level in (1.84e6, 49.8e3))
+    comparisons = stats.compare(a, b)
+    axes = plots.plot_comparison(comparisons).axes[0]
+    low, high = axes.get_xlim()
+    assert all(low < comparison.ratio < high for comparison in comparisons)
+    assert not axes.collections
+
+
+def test_an_interval_that_leaves_the_axis_ends_in_an_arrow():
+    (found, *_) = stats.compare(*[[np.random.default_rng(6).lognormal(9, 0.1, 200)] * 3] * 2)
+    axes = plots.plot_comparison([replace(found, ratio=1.5, ratio_low=0.9, ratio_high=60.0)]).axes[0]
+    assert [line.get_marker() for line in axes.lines if line.get_marker() in "<>"] == [">"]
+
+
+def test_clock_peaks_are_not_under_the_legend(trees):
+    figure = plots.plot_clock(trees["rps_cpus=0"][0])
+    axes = figure.axes[0]
+    assert axes.get_legend() is None
+    assert figure.legends

@@ -7,9 +7,12 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
+from joined_builder import make_app_logs
 from report_builder import VERIFIED, make_runs
 
+from rxlab.dataset import store
 from rxlab.errors import RxlabError
 from rxlab.show import answer, report, trust
 from rxlab.show.report import write_report
@@ -94,7 +97,7 @@ def test_the_answer_is_the_planted_one(html):
     assert low <= 30 <= high
     assert ratio == pytest.approx(30, abs=4)
     assert "rps_ipi +2." in text
-    assert "Traced and untraced runs agree on the direction." in text
+    assert "Traced and untraced runs agree on the direction of the median." in text
 
 
 def test_what_a_colleague_must_know_is_said(html):
@@ -238,7 +241,7 @@ def _state(runs, name, **given):
         (
             "Kernel counters against the join",
             lambda r: replace(r, verify={**VERIFIED, "counters_agree": False}),
-            "warn",
+            "bad",
         ),
         ("Bytes read = bytes on the wire", lambda r: replace(r, verify={**VERIFIED, "byte_sums_equal": False}), "bad"),
         ("Settings restored", lambda r: replace(r, run={**r.run, "testbed": None, "got": {"restored": False}}), "bad"),
@@ -261,3 +264,75 @@ def test_lost_events_and_uncovered_packets_are_seen(runs):
 
 def test_percent_words():
     assert [answer.percent(ratio) for ratio in (1.213, 0.995, 1.0)] == ["+21 %", "\N{MINUS SIGN}0.5 %", "+0.0 %"]
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_two_runs_each_give_no_interval_and_no_verdict(tmp_path):
+    text = write_report(make_runs(ratio=40.0, reps=2, traced=False), tmp_path / "r.html").read_text()
+    assert "Cannot tell" in text
+    assert "(2 runs each: no interval)" in text
+    assert "2 runs: no interval" in text
+    assert "nan" not in re.sub(r'data-v="nan"|<style>.*?</style>', "", text, flags=re.S)
+
+
+def _spread_medians(runs):
+    """Return untraced runs whose median says nothing and whose p99 is ten times less in the second configuration."""
+    rng = np.random.default_rng(3)
+    changed = []
+    for number, run in enumerate(runs):
+        if run.arm == "untraced":
+            slow = 1e6 if run.run["configuration"]["rps_cpus"] == "0" else 1e5
+            latency = 1e4 * np.exp(rng.normal(0, 0.1, 600) + (0.3 if number % 2 else -0.3))
+            latency[::30] = slow * np.exp(rng.normal(0, 0.02, 20))
+            run = replace(run, tree=store.build(None, run=run.run, host=run.host, app_latency=make_app_logs(latency)))
+        changed.append(run)
+    return changed
+
+
+def test_agreement_and_explanation_follow_the_quantile_of_the_verdict(runs):
+    groups = answer.group_runs(_spread_medians(runs))
+    metric = answer.choose_metric(groups)
+    (pair,) = pairs = answer.compare_all(groups, metric)
+    assert [c.verdict for c in pair.untraced][::2] == ["cannot tell", "better"]
+    given = answer.give_answer(groups, pairs, metric)
+    more = " ".join(given.more)
+    assert "the slowest 1 % is faster" in given.sentence
+    assert "the p99 packet takes" in more
+    assert "on the direction of the p99" in more
+    assert "explains no verdict" not in more
+
+
+def test_runs_of_different_workloads_are_not_pooled(runs):
+    other = [
+        replace(run, run={**run.run, "workload": {**run.run["workload"], "size": 1400}})
+        for run in make_runs(traced=False, ratio=1.3)
+    ]
+    groups = answer.group_runs([*runs, *other])
+    assert {label: len(group) for label, group in groups.items()} == {
+        "rps_cpus=0, size=64": 6,
+        "rps_cpus=2, size=64": 6,
+        "rps_cpus=0, size=1400": 5,
+        "rps_cpus=2, size=1400": 5,
+    }
+    metric = answer.choose_metric(groups)
+    pairs = answer.compare_all(groups, metric)
+    assert {(pair.a, pair.b) for pair in pairs} == {
+        ("rps_cpus=0, size=64", "rps_cpus=2, size=64"),
+        ("rps_cpus=0, size=1400", "rps_cpus=2, size=1400"),
+    }
+    assert "different workloads (size 64 | 1400)" in answer.give_answer(groups, pairs, metric).more[0]
+
+
+def test_shorter_traced_runs_and_varied_fields_are_no_other_workload(runs):
+    def with_workload(run, **fields):
+        return replace(run, run={**run.run, "workload": {**run.run["workload"], **fields}})
+
+    shorter = [with_workload(run, messages=2000 if run.arm == "untraced" else 400) for run in runs]
+    assert set(answer.group_runs(shorter)) == {"rps_cpus=0", "rps_cpus=2"}
+    swept = [
+        replace(
+            with_workload(run, rate=rate), run={**with_workload(run, rate=rate).run, "configuration": {"load": rate}}
+        )
+        for run, rate in zip(runs[:4], (1, 1, 2, 2), strict=True)
+    ]
+    assert set(answer.group_runs(swept)) == {"load=1", "load=2"}

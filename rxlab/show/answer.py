@@ -7,7 +7,7 @@ traced ones.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import xarray as xr
 from rxlab.dataset import aggregate, stats
 from rxlab.dataset.stats import BETTER, CANNOT_TELL, WORSE, Comparison
 from rxlab.show.plots import microseconds
-from rxlab.show.trust import AnalysedRun
+from rxlab.show.trust import AnalysedRun, workload_differences
 
 # The workload's own latencies, the one nearest to the receive path first.
 METRICS = {
@@ -59,17 +59,18 @@ class Answer:
 def group_runs(runs: Iterable[Any]) -> dict[str, list[AnalysedRun]]:
     """Return the runs by configuration, under a short label: the settings that differ, ``rps_cpus=2, rfs=on``.
 
-    The first configuration is the baseline. A sweep records in shuffled order; the names of its cells give the order in which
+    Runs of different workloads are no repetitions of each other: their label names what differs in the workload too. The first configuration is the baseline. A sweep records in shuffled order; the names of its cells give the order in which
     the configurations were asked for.
     """
     analysed = sorted(map(AnalysedRun.of, runs), key=lambda run: str((run.run.get("sweep") or {}).get("cell", "")))
     configurations = [run.run.get("configuration") or {} for run in analysed]
     varied = aggregate.varied_settings(configurations)
     groups: dict[str, list[AnalysedRun]] = {}
-    for run, configuration in zip(analysed, configurations, strict=True):
+    for run, configuration, workload in zip(analysed, configurations, workload_differences(analysed), strict=True):
         names = list(varied) or list(configuration)[:3]
         label = ", ".join(f"{name}={configuration[name]}" for name in names if name in configuration)
-        groups.setdefault(label or "host as it is", []).append(run)
+        label = ", ".join([label or "host as it is", *(f"{name}={value}" for name, value in workload.items())])
+        groups.setdefault(label, []).append(run)
     return groups
 
 
@@ -97,24 +98,41 @@ def traced_trees(runs: Sequence[AnalysedRun]) -> list[xr.DataTree]:
 
 
 def compare_all(groups: Mapping[str, Sequence[AnalysedRun]], metric: str | None) -> list[Pair]:
-    """Compare every configuration with the first one, correcting all verdicts together."""
-    labels = list(groups)
-    pairs = []
-    for label in labels[1:]:
-        sides = [latencies(groups[name], metric, ("untraced",)) for name in (labels[0], label)]
-        trees = [traced_trees(groups[name]) for name in (labels[0], label)]
+    """Compare every configuration with the first one of the same workload, correcting all verdicts together."""
+    runs = [run for group in groups.values() for run in group]
+    workloads = dict(zip(map(id, runs), workload_differences(runs), strict=True))
+    baselines: dict[str, str] = {}
+    pairs, trees = [], {label: traced_trees(group) for label, group in groups.items()}
+    for label, group in groups.items():
+        first = baselines.setdefault(str(workloads[id(group[0])]), label)
+        if first == label:
+            continue
+        sides = [latencies(groups[name], metric, ("untraced",)) for name in (first, label)]
         untraced = stats.compare(*sides) if all(sides) else []
-        traced, explanation = [], {}
-        if all(trees):
-            traced = stats.compare(*[[stats.hop_values(tree, "total_latency") for tree in side] for side in trees])
-            explanation = {level: stats.explain(*trees, quantile=level) for level in (0.5, 0.99)}
-        pairs.append(Pair(labels[0], label, untraced, traced, explanation))
+        traced = []
+        if trees[first] and trees[label]:
+            totals = [[stats.hop_values(tree, "total_latency") for tree in trees[name]] for name in (first, label)]
+            traced = stats.compare(*totals)
+        pairs.append(Pair(first, label, untraced, traced))
     flat = stats.correct([comparison for pair in pairs for comparison in pair.untraced])
     corrected = []
     for pair in pairs:
         mine, flat = flat[: len(pair.untraced)], flat[len(pair.untraced) :]
-        corrected.append(Pair(pair.a, pair.b, mine, pair.traced, pair.explanation))
+        levels = sorted({0.5, 0.99, *(c.quantile for c in mine[:1] and [deciding(mine)])}) if pair.traced else []
+        explanation = {level: stats.explain(trees[pair.a], trees[pair.b], quantile=level) for level in levels}
+        corrected.append(replace(pair, untraced=mine, explanation=explanation))
     return corrected
+
+
+def deciding(untraced: Sequence[Comparison]) -> Comparison:
+    """Return the comparison the verdict comes from: the median's, else the tail's, else any that tells; else the median's."""
+    order = (untraced[0], untraced[-1], *untraced[1:-1])
+    return next((comparison for comparison in order if comparison.verdict != CANNOT_TELL), untraced[0])
+
+
+def quantile_name(level: float) -> str:
+    """Return how a quantile is called in a sentence."""
+    return "median" if level == 0.5 else f"p{100 * level:g}"
 
 
 def percent(ratio: float) -> str:
@@ -132,19 +150,30 @@ def comparison_words(comparison: Comparison) -> str:
         if comparison.runs_a > 1
         else "one run each"
     )
-    return (
-        f"{microseconds(comparison.a)} → {microseconds(comparison.b)}, {percent(comparison.ratio)} "
-        f"(95 % interval {percent(comparison.ratio_low)} to {percent(comparison.ratio_high)}, {comparison.kind}; {runs})"
-    )
+    if np.isfinite(comparison.ratio_low):
+        low, high = percent(comparison.ratio_low), percent(comparison.ratio_high)
+        said = f"95 % interval {low} to {high}, {comparison.kind}; {runs}"
+    elif comparison.kind == "over repetitions" and min(comparison.runs_a, comparison.runs_b) >= stats.MIN_REPETITIONS:
+        said = f"interval not known: the runs differ too much among themselves; {runs}"
+    else:
+        said = f"{runs}: no interval"
+    return f"{microseconds(comparison.a)} → {microseconds(comparison.b)}, {percent(comparison.ratio)} ({said})"
 
 
 def give_answer(groups: Mapping[str, Sequence[AnalysedRun]], pairs: Sequence[Pair], metric: str | None) -> Answer:
     """Return the report's answer for any number of configurations."""
-    if len(groups) > 2:
-        return _answer_many(pairs, metric)
-    if pairs:
-        return _answer_pair(pairs[0], metric)
-    return _answer_single(groups)
+    if len(pairs) > 1:
+        given = _answer_many(pairs, metric)
+    elif pairs:
+        given = _answer_pair(pairs[0], metric)
+    else:
+        given = _answer_single(groups)
+    differences = aggregate.varied_settings(workload_differences([run for group in groups.values() for run in group]))
+    if differences:
+        facts = "; ".join(f"{name} {' | '.join(values)}" for name, values in differences.items())
+        note = f"The runs are of different workloads ({facts}): they are neither pooled nor compared across workloads."
+        given = replace(given, more=[note, *given.more])
+    return given
 
 
 def _answer_pair(pair: Pair, metric: str | None) -> Answer:
@@ -152,31 +181,21 @@ def _answer_pair(pair: Pair, metric: str | None) -> Answer:
     if not pair.untraced:
         sentence = f"No verdict on {pair.b} against {pair.a}: there are no untraced runs of both."
         return Answer(sentence, "none", more + _explain(pair))
-    median, tail = pair.untraced[0], pair.untraced[-1]
-    if median.verdict == CANNOT_TELL and tail.verdict == CANNOT_TELL:
+    median, tail, decided = pair.untraced[0], pair.untraced[-1], deciding(pair.untraced)
+    if decided.verdict == CANNOT_TELL:
         sentence = f"Cannot tell {pair.b} from {pair.a}: the median goes {comparison_words(median)}."
-        if median.more_repetitions:
-            wanted = (
-                f"more than {median.more_repetitions:,}"
-                if median.more_repetitions >= 10_000
-                else f"about {median.more_repetitions:,}"
-            )
-            more.insert(
-                0,
-                f"A difference of this size in the median would need {wanted} repetitions of each configuration to be seen.",
-            )
-        elif median.kind == "within one run":
-            more.insert(
-                0,
-                "One run of each says how exact that run is, not whether the next one would be the same; repeat at least 5 times.",
-            )
-    elif median.verdict == CANNOT_TELL:
-        sentence = f"With {pair.b} the slowest 1 % is {_word(tail.verdict)} than with {pair.a}: p99 {comparison_words(tail)}. The median does not tell them apart."
-    else:
+        more[:0] = _what_it_takes(median)
+    elif decided is median:
         sentence = (
             f"With {pair.b} the median is {_word(median.verdict)} than with {pair.a}: {comparison_words(median)}."
         )
-    if median.verdict != CANNOT_TELL or tail.verdict == CANNOT_TELL:
+    else:
+        slowest = f"the slowest {100 * (1 - decided.quantile):.3g} % is {_word(decided.verdict)} than with {pair.a}"
+        sentence = (
+            f"With {pair.b} {slowest}: {quantile_name(decided.quantile)} {comparison_words(decided)}. "
+            "The median does not tell them apart."
+        )
+    if decided is not tail:
         more.insert(
             0,
             f"The p99 goes {comparison_words(tail)}: {'cannot tell' if tail.verdict == CANNOT_TELL else _word(tail.verdict)}.",
@@ -188,6 +207,26 @@ def _answer_pair(pair: Pair, metric: str | None) -> Answer:
     return Answer(sentence, tone, more + _explain(pair))
 
 
+def _what_it_takes(median: Comparison) -> list[str]:
+    """Return what to do about a median that cannot be told apart."""
+    if median.more_repetitions:
+        wanted = (
+            f"more than {median.more_repetitions:,}"
+            if median.more_repetitions >= 10_000
+            else f"about {median.more_repetitions:,}"
+        )
+        return [
+            f"A difference of this size in the median would need {wanted} repetitions of each configuration to be seen."
+        ]
+    if median.kind == "within one run":
+        return [
+            "One run of each says how exact that run is, not whether the next one would be the same; repeat at least 5 times."
+        ]
+    if min(median.runs_a, median.runs_b) < stats.MIN_REPETITIONS:
+        return ["2 runs: no interval. How much runs differ cannot be known from two; repeat at least 5 times."]
+    return []
+
+
 def _word(verdict: str) -> str:
     return "faster" if verdict == BETTER else "slower"
 
@@ -196,15 +235,17 @@ def _explain(pair: Pair) -> list[str]:
     """Return the traced runs' explanation and whether it agrees with the verdict."""
     if not pair.explanation:
         return ["There are no traced runs of both configurations, so nothing explains it."]
-    explanation = pair.explanation[0.5]
+    decided = deciding(pair.untraced) if pair.untraced else None
+    level = decided.quantile if decided else 0.5
+    explanation = pair.explanation[level]
     total = float(explanation["total"])
     order = np.argsort(-np.abs(explanation["difference"].values))[:3]
     parts = [f"{explanation['hop'].values[i]} {_signed(float(explanation['difference'].values[i]))}" for i in order]
     lines = [
-        f"Explanation from the traced runs: the median packet takes {microseconds(abs(total))} {'longer' if total > 0 else 'less'} from the first kernel stage to recvmsg; the hops that carry most of it are {', '.join(parts)}."
+        f"Explanation from the traced runs: the {quantile_name(level)} packet takes {microseconds(abs(total))} {'longer' if total > 0 else 'less'} from the first kernel stage to recvmsg; the hops that carry most of it are {', '.join(parts)}."
     ]
-    if pair.untraced:
-        lines.append(_agreement(pair.untraced[0], pair.traced[0]))
+    if decided:
+        lines.append(_agreement(decided, next(c for c in pair.traced if c.quantile == level)))
     return lines
 
 
@@ -217,8 +258,8 @@ def _agreement(untraced: Comparison, traced: Comparison) -> str:
         return "The untraced runs do not tell the configurations apart, so the traced difference explains no verdict; it includes the cost of recording."
     is_same = (untraced.ratio < 1) == (traced.ratio < 1)
     if is_same:
-        return "Traced and untraced runs agree on the direction."
-    return "Traced and untraced runs DISAGREE on the direction: recording adds time where it adds events, so trust the untraced verdict and not the explanation."
+        return f"Traced and untraced runs agree on the direction of the {quantile_name(untraced.quantile)}."
+    return f"Traced and untraced runs DISAGREE on the direction of the {quantile_name(untraced.quantile)}: recording adds time where it adds events, so trust the untraced verdict and not the explanation."
 
 
 def _answer_many(pairs: Sequence[Pair], metric: str | None) -> Answer:
@@ -229,10 +270,16 @@ def _answer_many(pairs: Sequence[Pair], metric: str | None) -> Answer:
     more = [f"Measured is the {METRICS[metric]}."] if metric else []
     if better:
         best = min(better, key=lambda pair: pair.untraced[0].ratio)
-        sentence = f"Of {len(pairs) + 1} configurations {best.b} has the lowest median: {comparison_words(best.untraced[0])} against {best.a}."
+        first = (
+            f"Of {len(pairs) + 1} configurations {best.b} has the lowest median"
+            if len({pair.a for pair in pairs}) == 1
+            else f"Of {len(pairs)} comparisons within a workload {best.b} gains most in the median"
+        )
+        sentence = f"{first}: {comparison_words(best.untraced[0])} against {best.a}."
         return Answer(sentence, "better", more + _explain(best))
     worse = sum(pair.untraced[0].verdict == WORSE for pair in known)
-    sentence = f"No configuration has a lower median than {known[0].a}: {worse} of {len(known)} are slower, the others cannot be told from it."
+    baseline = known[0].a if len({pair.a for pair in pairs}) == 1 else "its baseline"
+    sentence = f"No configuration has a lower median than {baseline}: {worse} of {len(known)} are slower, the others cannot be told from it."
     return Answer(sentence, "worse" if worse == len(known) else "cannot", more)
 
 

@@ -147,14 +147,8 @@ def plot_packet(tree: xr.DataTree, packet: int | None = None) -> Figure:
         right = (step["start_ns"] + step["latency_ns"]) / 1e3
         axes.plot([right, right], [line - 0.31, line + 0.31], color=INK, linewidth=1.4)
         if line:
-            axes.annotate(
-                "+" + microseconds(step["latency_ns"]),
-                (right, line),
-                xytext=(5, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8.5,
-            )
+            text = "+" + microseconds(step["latency_ns"])
+            axes.annotate(text, (right, line), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8.5)
     axes.set_yticks(range(len(steps)), [step["stage"] for step in steps])
     axes.invert_yaxis()
     axes.set_xlim(-0.01 * end / 1e3, end / 1e3 * 1.13)
@@ -311,10 +305,17 @@ def plot_comparison(
     figure, axes = _axes(8.2, 0.42 * len(comparisons) + 1.25)
     colours = {stats.BETTER: GREEN, stats.WORSE: VERMILION, stats.CANNOT_TELL: GREY}
     limits = [value for c in comparisons for value in (c.ratio_low, c.ratio_high, c.ratio) if np.isfinite(value)]
-    edge = min(max(1.02, *(max(value, 1 / max(value, 1e-3)) for value in limits)), 20.0) ** 1.12
+    # Intervals may leave the axis, which an arrow shows; points may not.
+    reach = max(1.02, *(max(value, 1 / max(value, 1e-3)) for value in limits))
+    edge = max(min(reach, 20.0), *(max(c.ratio, 1 / max(c.ratio, 1e-9)) for c in comparisons)) ** 1.12
     for line, c in enumerate(comparisons):
-        axes.hlines(line, max(c.ratio_low, 1 / edge), min(c.ratio_high, edge), color=colours[c.verdict], linewidth=3.2)
-        axes.plot(c.ratio, line, "o", color=colours[c.verdict], markersize=8, markeredgecolor="white")
+        colour = colours[c.verdict]
+        if np.isfinite(c.ratio_low):
+            axes.hlines(line, max(c.ratio_low, 1 / edge), min(c.ratio_high, edge), color=colour, linewidth=3.2)
+        for at, mark, is_out in ((1 / edge, "<", c.ratio_low < 1 / edge), (edge, ">", c.ratio_high > edge)):
+            if is_out:
+                axes.plot(at, line, mark, color=colour, clip_on=False, markersize=9)
+        axes.plot(c.ratio, line, "o", color=colour, markersize=8, markeredgecolor="white")
         axes.annotate(
             f"{microseconds(c.a)} → {microseconds(c.b)}, {c.verdict}",
             (1.01, line),
@@ -333,9 +334,10 @@ def plot_comparison(
         (0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5),
         (0.25, 0.5, 0.75, 1, 1.5, 2, 4),
     )
-    grid = next((g for g in grids if g[-1] >= edge**0.7), (0.1, 0.2, 0.5, 1, 2, 5, 10))
-    ticks = [t for t in grid if 1 / edge <= t <= edge]
-    axes.set_xticks(ticks, [f"{100 * (t - 1):+.0f} %" if t != 1 else "same" for t in ticks])
+    wide = (0.1, 0.2, 0.5, 1, 2, 5, 10) if edge < 30 else (1e-6, 1e-4, 1e-3, 0.01, 0.1, 1, 10, 100, 1e3, 1e4, 1e6)
+    ticks = [t for t in next((g for g in grids if g[-1] >= edge**0.7), wide) if 1 / edge <= t <= edge]
+    names = [f"{100 * (t - 1):+.0f} %" if edge < 30 else f"×{t:g}" if t > 1 else f"÷{1 / t:g}" for t in ticks]
+    axes.set_xticks(ticks, ["same" if t == 1 else name for t, name in zip(ticks, names, strict=True)])
     axes.set_yticks(range(len(comparisons)), [_quantile_words(c.quantile) for c in comparisons])
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(f"latency of {b} against {a} (left: {b} is faster)")
@@ -413,14 +415,7 @@ def plot_coverage(coverage: xr.Dataset, *, title: str = "Coverage: of how many p
         left = left + share
     for line, stage in enumerate(rows):
         matched, needed = int(part["matched"].sel(stage=stage)), int(part["expected"].sel(stage=stage))
-        axes.annotate(
-            f"{matched:,} of {needed:,}",
-            (1, line),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8.5,
-        )
+        axes.annotate(f"{matched:,} of {needed:,}", (1, line), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8.5)  # fmt: skip
     axes.set_yticks(lines, rows)
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
@@ -443,7 +438,6 @@ def plot_clock(tree: xr.DataTree, *, windows: int = 200) -> Figure:
     figure, axes = _axes(8.2, 3.0)
     axes.set_title(f"Capture stamp minus {stage} (stamp position: {position})")
     axes.set_xlabel("time since the first packet (s)")
-    axes.set_ylabel("ns")
     if not known.any():
         axes.text(0.5, 0.5, "no matched packet", transform=axes.transAxes, ha="center")
         return figure
@@ -457,10 +451,16 @@ def plot_clock(tree: xr.DataTree, *, windows: int = 200) -> Figure:
     )
     axes.fill_between(time, low, high, color=SKY, alpha=0.45, linewidth=0, label="1 % to 99 % of packets")
     axes.plot(time, middle, color=BLUE, label="median")
-    axes.set_ylim(min(0.0, float(np.quantile(low, 0.02))) * 1.1, float(np.quantile(high, 0.95)) * 1.35 + 50)
+    # A few stamps taken late would flatten the rest: where peaks are cut, the axis says how high they go.
+    top = float(np.quantile(high, 0.95)) * 1.35 + 50
+    top, peaks = (
+        (top, f"; peaks to {microseconds(high.max())}") if high.max() > 4 * top else (max(top, high.max() * 1.05), "")
+    )
+    axes.set_ylim(min(0.0, float(np.quantile(low, 0.02))) * 1.1, top)
+    axes.set_ylabel("ns" + peaks)
     bound = float(clocks["bound"])
     axes.axhspan(-bound, bound, color=GREY, alpha=0.5, linewidth=0, label=f"error bound of the clocks, ±{bound:.0f} ns")
-    axes.legend(loc="upper right", ncols=3, fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 

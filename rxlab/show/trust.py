@@ -82,6 +82,32 @@ class Check:
     summary: str
 
 
+# How a workload was run rather than what it was; and the experiment's words for a workload's fields.
+_INCIDENTAL = {"seed", "port", "server_port", "timeout"}
+_ALIASES = {"app_cpu": "server_cpu", "load": "rate"}
+
+
+def workload_differences(runs: Sequence[AnalysedRun]) -> list[dict[str, str]]:
+    """Return, for each run, the fields of its workload that differ between runs of one arm, with their values as text.
+
+    Fields that the experiment itself varied belong to the configuration. Traced runs may be shorter than untraced ones: arms
+    are never pooled, so a difference between them alone does not count.
+    """
+    workloads = [run.run.get("workload") or {} for run in runs]
+    configured = {_ALIASES.get(name, name) for run in runs for name in run.run.get("configuration") or {}}
+    values: dict[str, dict[str, set[str]]] = {}
+    names = dict.fromkeys(name for workload in workloads for name in workload)
+    for run, workload in zip(runs, workloads, strict=True):
+        for name in names:
+            values.setdefault(name, {}).setdefault(run.arm, set()).add(str(workload.get(name)))
+    varied = [
+        name
+        for name in names
+        if name not in _INCIDENTAL | configured and any(len(found) > 1 for found in values[name].values())
+    ]
+    return [{name: str(workload.get(name)) for name in varied} for workload in workloads]
+
+
 def trust_panel(runs: Sequence[AnalysedRun], *, recorded: bool, overhead: Sequence[tuple[str, float]]) -> list[Check]:
     """Return all checks of a report, in the order a sceptic asks.
 
@@ -137,8 +163,8 @@ def _ended(runs: Sequence[AnalysedRun]) -> Check:
 
 def _repetitions(runs: Sequence[AnalysedRun]) -> Check:
     counts: dict[str, int] = {}
-    for run in runs:
-        key = json.dumps(run.run.get("configuration") or {}, sort_keys=True)
+    for run, workload in zip(runs, workload_differences(runs), strict=True):
+        key = json.dumps([run.run.get("configuration") or {}, workload], sort_keys=True)
         counts[key] = counts.get(key, 0) + (run.arm == "untraced")
     least = min(counts.values(), default=0)
     if least == 0:
@@ -151,11 +177,14 @@ def _repetitions(runs: Sequence[AnalysedRun]) -> Check:
             WARN,
             "one per configuration: it cannot tell a difference from the next run's; repeat at least 5 times",
         )
-    return Check(
-        "Untraced repetitions",
-        GOOD if least >= 5 else WARN,
-        f"{least} per configuration" + ("" if least >= 5 else ": intervals are wide below 5"),
+    note = (
+        ""
+        if least >= 5
+        else ": no interval below 3"
+        if least < stats.MIN_REPETITIONS
+        else ": intervals are wide below 5"
     )
+    return Check("Untraced repetitions", GOOD if least >= 5 else WARN, f"{least} per configuration{note}")
 
 
 def _verified(runs: Sequence[AnalysedRun]) -> Check:
@@ -282,7 +311,7 @@ def _counters(runs: Sequence[AnalysedRun]) -> Check:
             detail = f"; RPS packets: {int(pair['counter']):,} counted by the kernel, {int(pair['joined']):,} joined"
     return Check(
         "Kernel counters against the join",
-        GOOD if all(oks) else WARN,
+        GOOD if all(oks) else BAD,
         f"agree in {sum(oks)} of {len(oks)} runs{detail}",
     )
 
@@ -299,18 +328,14 @@ def _overhead(overhead: Sequence[tuple[str, float]]) -> Check:
 
 
 def _restored(runs: Sequence[AnalysedRun]) -> Check:
-    answers = [run.run.get("got", {}).get("restored") for run in runs if not run.run.get("testbed")]
-    if not answers:
+    answers = [(run.run.get("got") or {}).get("restored") for run in runs]
+    if any(answer is False for answer in answers):
+        return Check("Settings restored", BAD, "not all: run 'rxlab restore'")
+    if runs and all(run.run.get("testbed") for run in runs):
         return Check("Settings restored", GOOD, "settings were made inside the testbed and went with it")
     if all(answer is None for answer in answers):
         return Check("Settings restored", NONE, "no setting was changed, or the run does not say")
-    return Check(
-        "Settings restored",
-        GOOD if all(answer for answer in answers if answer is not None) else BAD,
-        "the host is as it was before"
-        if all(answer for answer in answers if answer is not None)
-        else "not all: run 'rxlab restore'",
-    )
+    return Check("Settings restored", GOOD, "the host is as it was before")
 
 
 def run_rows(runs: Sequence[AnalysedRun], labels: Sequence[str]) -> list[dict[str, Any]]:
