@@ -19,14 +19,14 @@ from rxlab import stages
 from rxlab.errors import CaptureError, UsageError
 from rxlab.host.journal import apply
 from rxlab.record import capture as capturing
-from rxlab.record import pcaprecord, perfrecord
+from rxlab.record import pcaprecord, perfrecord, runfolder
 from rxlab.record.capture import capture
 from rxlab.record.pcaprecord import PcapRecorder
 from rxlab.record.perfrecord import PerfRecorder, count_lost, filter_of, split_events
 from rxlab.record.recording import Recording
 from rxlab.record.spinner import start_spinners, stop_spinners
 from rxlab.record.workload import Workload
-from rxlab.rundir import open_rundir
+from rxlab.rundir import open_rundir, write_json
 
 # What tcpdump 4.99 prints: at its start, on SIGUSR1 (one line), at its end (three lines).
 TCPDUMP_START = "tcpdump: listening on lo, link-type EN10MB (Ethernet), snapshot length 192 bytes\n"
@@ -337,13 +337,6 @@ def test_drops_and_exit_codes_are_problems(tmp_path: Path, monkeypatch: pytest.M
     assert any("status 1" in problem for problem in problems)
 
 
-def test_a_wrong_filter_is_tcpdumps_own_complaint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    body = 'import sys; sys.stderr.write("tcpdump: can\'t parse filter expression: syntax error\\n"); sys.exit(1)'
-    fake_tool(tmp_path / "bin", "tcpdump", body, monkeypatch)
-    with pytest.raises(CaptureError, match="can't parse filter expression"):
-        PcapRecorder(tmp_path / "rx.pcap", "lo", capture_filter="tpc").start()
-
-
 def test_tcpdump_is_asked_for_nanoseconds_and_immediate_packets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     argv = PcapRecorder(Path("/x/rx.pcap"), "eth0", "ns1", "tcp port 80", 128).argv()
@@ -448,7 +441,70 @@ def test_a_failed_start_says_so_in_the_run(tmp_path: Path, transaction: Any) -> 
     run = open_rundir(tmp_path / "run")
     assert run.run["status"] == "failed"
     assert "no route" in run.run["problems"][0]
-    assert not (run.path / capturing.RESERVE).exists()
+    assert not (run.path / runfolder.RESERVE).exists()
+
+
+def failed_run(folder: Path) -> None:
+    """Leave what a capture leaves that failed before any traffic."""
+    folder.mkdir()
+    for name in ("host.json", "command.log"):
+        (folder / name).write_text("{}")
+    write_json(folder / "run.json", {"status": "failed", "problems": ["x"]})
+
+
+def test_a_start_that_failed_does_not_block_the_next(tmp_path: Path, transaction: Any) -> None:
+    failed_run(tmp_path / "run")
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    run = capture(
+        tmp_path / "run", iface="lo", duration=0.1, events="none", idle="off", transaction=transaction
+    )  # fmt: skip
+    assert run.run["status"] == "complete"
+    assert not (run.path / "command.log").exists()
+    assert (run.path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["perf.data", "rx.pcap", "app.log", "client.log"])
+def test_a_failed_run_with_something_recorded_stays(tmp_path: Path, name: str) -> None:
+    assert name in runfolder.RECORDINGS
+    failed_run(tmp_path / "run")
+    (tmp_path / "run" / name).write_bytes(b"x")
+    with pytest.raises(CaptureError, match="there is a run here already"):
+        capture(tmp_path / "run", iface="lo", duration=0.1, events="none")
+    assert (tmp_path / "run" / name).read_bytes() == b"x"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"duration": -1}, "not a duration: found -1 s"),
+        ({"duration": 0}, "not a duration"),
+        ({"duration": float("nan")}, "not a duration"),
+        ({"duration": 1, "cpus": "0-9999"}, "CPUs that are online"),
+        ({"duration": 1, "cpus": "none"}, "--cpus"),
+        ({"command": ["/no/such/cmd"]}, "does not exist: /no/such/cmd"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_before_anything_is_made(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        capture(tmp_path / "run", iface="lo", events="none", idle="off", **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_client_that_failed_says_why_in_the_run(tmp_path: Path, transaction: Any) -> None:
+    command = ["sh", "-c", "echo first; echo 'no such cable' >&2; exit 3"]
+    run = capture(
+        tmp_path / "run", iface="lo", command=command, events="none", idle="off", transaction=transaction
+    )  # fmt: skip
+    assert run.run["problems"] == ["the workload's client ended with status 3: no such cable"]
+
+
+def test_a_wrong_filter_is_a_usage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "tcpdump: can't parse filter expression: syntax error"
+    fake_tool(tmp_path / "bin", "tcpdump", f"import sys; sys.exit({said!r})", monkeypatch)
+    with pytest.raises(UsageError, match="not a capture filter.*tcp prt 80.*syntax error"):
+        PcapRecorder(tmp_path / "x.pcap", "lo", capture_filter="tcp prt 80").start()
 
 
 def test_the_command_of_a_user_is_a_workload(tmp_path: Path, transaction: Any) -> None:

@@ -282,12 +282,18 @@ def test_a_port_in_use_is_one_line(proto: str, tmp_path: Path) -> None:
     "wrong",
     [
         {"proto": "sctp"}, {"family": 5}, {"mode": "half"}, {"arrivals": "bursty"}, {"flows": 0}, {"size": 8},
+        {"size": 65508, "proto": "udp"}, {"size": (64 << 20) + 1}, {"reply_size": 999_999_999_999}, {"duration": -1.0},
         {"reply_size": 0}, {"messages": 0}, {"messages": None}, {"rate": 0.0, "mode": "open"}, {"remote": "box"},
     ],
 )  # fmt: skip
 def test_what_cannot_be_meant_is_a_usage_error(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=f"workload: {next(iter(wrong))}"):
         Workload(**wrong)
+
+
+def test_the_largest_messages_are_allowed() -> None:
+    assert Workload(proto="udp", size=65507, reply_size=65507).size == 65507
+    assert Workload(size=64 << 20).size == 64 << 20
 
 
 def test_traffic_needs_a_sender() -> None:

@@ -6,6 +6,7 @@ record. Afterwards tcpdump has taken every packet received for it and perf has a
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -25,10 +26,11 @@ from rxlab.host.journal import Transaction, apply
 from rxlab.host.topology import local_identity, snapshot_host
 from rxlab.record.pcaprecord import PcapRecorder
 from rxlab.record.perfrecord import DEFAULT_PAGES, PerfRecorder, pages_within
-from rxlab.record.recording import ARM_OF, DEFAULT_MIN_FREE, DEFAULT_SNAPLEN, Recording, check_tools
+from rxlab.record.recording import ARM_OF, DEFAULT_MIN_FREE, DEFAULT_SNAPLEN, Recording, check_cpus, check_tools
+from rxlab.record.runfolder import drop_recordings, give_to_invoker, make_folder, release_space, reserve_space
 from rxlab.record.spinner import all_cpus, start_spinners, stop_spinners
 from rxlab.record.testbed import NETNS_FOLDER, Endpoint, Testbed
-from rxlab.record.workload import Command, Traffic, Workload, open_traffic
+from rxlab.record.workload import COMMAND_LOG, Command, Traffic, Workload, last_line, open_traffic
 from rxlab.rundir import (
     CLOCK_JSON,
     COUNTERS_JSON,
@@ -42,8 +44,6 @@ from rxlab.rundir import (
 )
 
 POLL_SECONDS = 0.1
-RESERVE = ".reserve"
-RESERVE_BYTES = 1 << 20
 
 
 @dataclass
@@ -58,6 +58,7 @@ class Session:
     pcap: PcapRecorder | None = None
     perf: PerfRecorder | None = None
     traffic: Traffic | None = None
+    has_begun: bool = False
     stopped_early: list[str] = field(default_factory=list)
     interrupts: list[int] = field(default_factory=list)
 
@@ -100,7 +101,7 @@ def capture(
     Parameters
     ----------
     out : path
-        Directory to make; it must not hold a run yet.
+        Directory to make; it must not hold a run yet, other than one that failed before it recorded anything.
     iface, netns : str, optional
         What to capture on; from `testbed` when that is given.
     testbed : Testbed, optional
@@ -143,13 +144,15 @@ def capture(
     Raises
     ------
     CaptureError
-        The capture could not start. The run directory then says "failed".
+        The capture could not start. The run directory then says "failed", and the next capture may take it.
     """
     if events not in ARM_OF:
         raise UsageError(f"unknown event preset {events!r}", expected=", ".join(ARM_OF))
     recording = Recording(
         ARM_OF[events], filter, snaplen, cpus, pages, max_size, min_free, idle, idle_task_is_blind, event_filters or {}
     )
+    if duration is not None and not 0 < duration < math.inf:
+        raise UsageError("not a duration", found=f"{duration:g} s", expected="seconds above 0")
     load = Command(command) if command else workload
     if isinstance(load, Workload):
         load = replace(load, duration=load.duration or duration).pinned()
@@ -158,6 +161,9 @@ def capture(
         raise UsageError("--attach records what is there: it takes no workload and no command")
     if load is None and not duration:
         raise UsageError("nothing to record", expected="a workload, a command, or a duration")
+    if isinstance(load, Command):
+        load.check()
+    check_cpus(recording.cpus)
     check_tools(recording)
     dst = testbed.dst if testbed is not None else endpoint_of(iface, netns)
     folder = make_folder(Path(out))
@@ -194,18 +200,6 @@ def sender_of(testbed: Testbed | None, dst: Endpoint) -> Endpoint | None:
     if testbed is not None:
         return testbed.src
     return dst if dst.iface == "lo" else None
-
-
-def make_folder(out: Path) -> Path:
-    """Make the run directory, for its owner only; refuse one that holds a run."""
-    if (out / RUN_JSON).exists():
-        raise CaptureError("there is a run here already", where=str(out), do="Choose another -o, or remove it.")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        out.chmod(0o700)
-        return out.resolve()
-    except OSError as error:
-        raise CaptureError("cannot make the run directory", where=str(out), found=str(error.strerror)) from None
 
 
 def first_record(
@@ -363,6 +357,7 @@ def run_traffic(session: Session, duration: float | None, progress: Callable[[fl
         if traffic is not None:
             traffic.prepare()
             traffic.go()
+        session.has_begun = True
         start = time.monotonic()
         while True:
             passed = time.monotonic() - start
@@ -435,15 +430,6 @@ def command_line() -> list[str]:
     return [name, *sys.argv[1:]]
 
 
-def give_to_invoker(folder: Path) -> None:
-    """Hand the run to the user behind sudo, so that a Jupyter kernel of theirs can read what it had captured."""
-    uid, gid = os.environ.get("SUDO_UID", ""), os.environ.get("SUDO_GID", "")
-    if os.geteuid() != 0 or not uid.isdigit() or not gid.isdigit():
-        return
-    for path in (folder, *folder.iterdir()):
-        os.chown(path, int(uid), int(gid), follow_symlinks=False)
-
-
 def note_restored(run: RunDir, transaction: Transaction) -> RunDir:
     """Add to run.json whether the settings of the run were put back, once they were or were not."""
     if run.run.get("got", {}).get("settings"):
@@ -461,7 +447,7 @@ def conclude(session: Session) -> None:
     codes = got.get("workload", {})
     for who in ("client", "server"):
         if codes.get(f"{who}_exit_code") not in (0, None):
-            session.problem(f"the workload's {who} ended with status {codes[f'{who}_exit_code']}")
+            session.problem(f"the workload's {who} ended with status {codes[f'{who}_exit_code']}" + said(session, who))
     got["settings"] = dict(session.transaction.got)
     got["seconds"] = (session.run["stop_ns"] - session.run["start_ns"]) / 1e9
     got["bytes"] = {entry.name: entry.stat().st_size for entry in sorted(session.out.iterdir()) if entry.is_file()}
@@ -471,6 +457,12 @@ def conclude(session: Session) -> None:
     keep(session, RUN_JSON, session.run)
 
 
+def said(session: Session, who: str) -> str:
+    """Return the last line a side of the workload printed, for the list of problems."""
+    line = last_line(session.out / COMMAND_LOG) if who == "client" else ""
+    return f": {line}" if line else ""
+
+
 def fail(session: Session, error: BaseException) -> None:
     """Stop what runs and mark the run as failed."""
     for recorder in (session.perf, session.pcap):
@@ -478,22 +470,8 @@ def fail(session: Session, error: BaseException) -> None:
             recorder.kill()
     if session.run["status"] in ("partial", "complete"):
         return
+    if not session.has_begun:
+        drop_recordings(session.out)
     session.run["status"] = "failed"
     session.problem(error.line() if isinstance(error, RxlabError) else repr(error))
     keep(session, RUN_JSON, session.run)
-
-
-def reserve_space(out: Path) -> None:
-    """Set aside the space the final JSON files need, so that a full disk can still be recorded as one."""
-    descriptor = os.open(out / RESERVE, os.O_WRONLY | os.O_CREAT, 0o600)
-    try:
-        os.posix_fallocate(descriptor, 0, RESERVE_BYTES)
-    except OSError as error:
-        raise CaptureError("no space for a run", where=str(out), found=str(error.strerror)) from None
-    finally:
-        os.close(descriptor)
-
-
-def release_space(out: Path) -> None:
-    """Give back the reserved space."""
-    (out / RESERVE).unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rxlab.errors import CaptureError
+from rxlab.errors import CaptureError, UsageError
 from rxlab.record.testbed import in_netns
 
 START_TIMEOUT = 10.0
@@ -24,6 +24,10 @@ BUFFER_KIB = 16384
 # What tcpdump prints on SIGUSR1 and at its end. 4.99 prints one line per number at the end, and commas on SIGUSR1.
 CAPTURED = re.compile(r"(\d+) packets? captured")
 RECEIVED = re.compile(r"(\d+) packets? received by filter")
+# libpcap's compiler: "can't parse filter expression: syntax error"; 1.10.0 and older say "syntax error in filter expression"
+NOT_A_FILTER = re.compile(
+    r"filter expression|unknown (?:host|port|network|protocol|ether)|illegal (?:qualifier|token|port|char)"
+)
 DROPPED = re.compile(r"(\d+) packets? dropped by (?:kernel|interface)")
 
 
@@ -83,6 +87,14 @@ class PcapRecorder:
         )
         if not self._read_until(re.compile(r"listening on .*\n"), START_TIMEOUT):
             self.kill()
+            if NOT_A_FILTER.search(self.output):
+                raise UsageError(
+                    "not a capture filter",
+                    where="--filter",
+                    found=f"{self.capture_filter!r} ({last_message(self.output)})",
+                    expected="e.g. 'tcp port 80'",
+                    do="'man pcap-filter' has the words.",
+                )
             raise CaptureError(
                 "tcpdump did not start",
                 where=self.iface,

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 from rxlab import stages
 from rxlab.errors import CaptureError, UsageError
+from rxlab.host.access import HostAccess
+from rxlab.host.cpulist import format_cpus, online_cpus, parse_cpus
 from rxlab.record.perfrecord import DEFAULT_PAGES, tracing_folder
 from rxlab.rundir import ARMS
 
@@ -53,6 +55,25 @@ class Recording:
     def spins(self) -> bool:
         """Tell whether spinners run. Unknown counts as blind: a spinner costs less than events that are not there."""
         return self.idle == "spin" or (self.idle == "auto" and self.idle_task_is_blind is not False)
+
+
+def check_cpus(cpus: str | None) -> None:
+    """Raise the usage error for a CPU list that perf could not take."""
+    if cpus is None:
+        return
+    try:
+        chosen = parse_cpus(cpus) if "x" not in cpus else []
+    except ValueError:
+        chosen = []
+    with HostAccess() as access:
+        online = online_cpus(access)
+    if not chosen or set(chosen) - set(online):
+        raise UsageError(
+            "not CPUs that perf can record",
+            where="--cpus",
+            found=repr(cpus),
+            expected=f"a list of CPUs that are online, {format_cpus(online)}",
+        )
 
 
 def check_tools(recording: Recording) -> None:

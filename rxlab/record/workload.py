@@ -7,6 +7,7 @@ client sends nothing before the barrier opens.
 from __future__ import annotations
 
 import json
+import math
 import os
 import select
 import shlex
@@ -29,6 +30,8 @@ Starter = Callable[..., subprocess.Popen[bytes]]
 
 READY_TIMEOUT = 20.0
 END_TIMEOUT = 10.0
+MAX_UDP_SIZE = 65507  # 65535 less 20 bytes of IPv4 header and 8 of UDP
+MAX_TCP_SIZE = 64 << 20  # each end holds a whole message
 COMMAND_LOG = "command.log"
 CLIENT_SCRIPT = Path(__file__).with_name("client.py")
 PACKAGE_PARENT = Path(__file__).parents[2]
@@ -85,21 +88,25 @@ class Workload:
     name = "builtin"
 
     def __post_init__(self) -> None:
+        largest = MAX_UDP_SIZE if self.proto == "udp" else MAX_TCP_SIZE
+        limits = dict.fromkeys(("size", "reply_size"), f"{MESSAGE_HEADER.size} to {largest} bytes for {self.proto}")
         checks = {
             "proto": self.proto in ("tcp", "udp"),
             "family": self.family in (4, 6),
             "mode": self.mode in ("closed", "open"),
             "arrivals": self.arrivals in ("poisson", "constant"),
             "flows": self.flows >= 1,
-            "size": self.size >= MESSAGE_HEADER.size,
-            "reply_size": self.reply_size >= MESSAGE_HEADER.size or (self.reply_size == 0 and self.mode == "open"),
+            "size": MESSAGE_HEADER.size <= self.size <= largest,
+            "reply_size": MESSAGE_HEADER.size <= self.reply_size <= largest
+            or (self.reply_size == 0 and self.mode == "open"),
+            "duration": self.duration is None or 0 < self.duration < math.inf,
             "messages": (self.messages or 0) > 0 or (self.duration or 0) > 0,
             "rate": self.rate > 0,
             "remote": self.remote is None or self.remote.startswith("ssh:"),
         }
         for key, is_good in checks.items():
             if not is_good:
-                raise UsageError(f"workload: {key} cannot be {getattr(self, key)!r}")
+                raise UsageError(f"workload: {key} cannot be {getattr(self, key)!r}", expected=limits.get(key))
 
     def describe(self) -> dict[str, Any]:
         """Return the ``workload`` object of run.json."""
@@ -154,6 +161,12 @@ class Command:
     environment: dict[str, str] = field(default_factory=dict)
 
     name = "command"
+
+    def check(self) -> None:
+        """Raise the usage error for a program that does not exist."""
+        for argv in filter(None, (self.argv, self.server_argv)):
+            if shutil.which(argv[0]) is None:
+                raise UsageError(f"the workload's command does not exist: {argv[0]}")
 
     def describe(self) -> dict[str, Any]:
         """Return the ``workload`` object of run.json."""
@@ -324,6 +337,7 @@ class CommandTraffic:
         out: Path,
         start_process: Starter = subprocess.Popen,
     ) -> None:
+        command.check()
         self._command, self._src, self._dst, self._out, self._start_process = (
             command,
             src or dst,
@@ -339,8 +353,6 @@ class CommandTraffic:
         environment = {**os.environ, **self._command.environment}
         environment["RXLAB_SERVER_ADDRESS"] = self._dst.ipv4 or self._dst.ipv6 or ""
         environment["RXLAB_CLIENT_ADDRESS"] = self._src.ipv4 or self._src.ipv6 or ""
-        if shutil.which(argv[0]) is None:
-            raise UsageError(f"the workload's command does not exist: {argv[0]}")
         return self._start_process(
             end.command(argv),
             stdin=subprocess.DEVNULL,
