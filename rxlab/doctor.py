@@ -18,6 +18,7 @@ from rxlab.errors import CaptureError, RxlabError
 from rxlab.host.access import HostAccess
 from rxlab.host.idlecheck import check_idle_task
 from rxlab.host.journalfile import default_journal_dir
+from rxlab.host.tools import find_tool
 from rxlab.host.topology import is_running, read_queues
 from rxlab.host.tracepoints import check_tracepoints, tracefs_dir
 
@@ -47,6 +48,7 @@ CAPABILITIES = {
 }
 # struct vfs_cap_data of revision 2 and 3: magic, then (permitted, inheritable) of the low and the high 32 bits
 _VFS_CAP = struct.Struct("<5I")
+_PARANOID = Path("/proc/sys/kernel/perf_event_paranoid")
 _FREE_BYTES = 2 * 10**9
 
 
@@ -150,7 +152,7 @@ def install_command(debian: str, fedora: str) -> str:
 def _check_tools() -> list[Check]:
     checks = []
     for tool, (option, debian, fedora, is_needed) in TOOLS.items():
-        path = shutil.which(tool)
+        path = find_tool(tool)
         if path is None:
             found = "not installed" + (f": {_WITHOUT[tool]}" if tool in _WITHOUT else "")
             status = "fail" if is_needed else "warn"
@@ -196,14 +198,19 @@ def file_capabilities(path: str | None) -> set[str]:
     return {name for name, bit in CAPABILITIES.items() if is_effective and bits >> bit & 1}
 
 
-def _check_permissions() -> list[Check]:
-    perf, tcpdump = shutil.which("perf"), shutil.which("tcpdump")
-    own = own_capabilities()
-    for_perf, for_tcpdump = own | file_capabilities(perf), own | file_capabilities(tcpdump)
-    paranoid = int(Path("/proc/sys/kernel/perf_event_paranoid").read_text())
+def _lacking_rights(for_perf: set[str], paranoid: int) -> list[str]:
+    """Return what perf would need to record tracepoints and does not have."""
     may_trace = bool(for_perf & {"CAP_PERFMON", "CAP_SYS_ADMIN"}) or paranoid <= -1
     may_read = tracefs_dir() is not None or "CAP_DAC_READ_SEARCH" in for_perf
-    lacks = [word for word, has in (("CAP_PERFMON", may_trace), ("CAP_DAC_READ_SEARCH (tracefs)", may_read)) if not has]
+    return [word for word, has in (("CAP_PERFMON", may_trace), ("CAP_DAC_READ_SEARCH (tracefs)", may_read)) if not has]
+
+
+def _check_permissions() -> list[Check]:
+    perf, tcpdump = find_tool("perf"), find_tool("tcpdump")
+    own = own_capabilities()
+    for_perf, for_tcpdump = own | file_capabilities(perf), own | file_capabilities(tcpdump)
+    paranoid = int(_PARANOID.read_text())
+    lacks = _lacking_rights(for_perf, paranoid)
     real = os.path.realpath(perf) if perf else "$(realpath $(which perf))"
     checks = [
         Check(
@@ -259,6 +266,11 @@ def _check_events() -> list[Check]:
 
 
 def _check_idle(seconds: float) -> Check:
+    perf = find_tool("perf")
+    if perf is None:
+        return Check("idle task", "warn", "not checked: needs perf")
+    if _lacking_rights(own_capabilities() | file_capabilities(perf), int(_PARANOID.read_text())):
+        return Check("idle task", "warn", "not checked: needs the rights above")
     try:
         check = check_idle_task(seconds)
     except CaptureError as error:

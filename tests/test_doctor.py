@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,9 @@ import pytest
 from rxlab import doctor
 from rxlab.doctor import Check, Doctor, file_capabilities, install_command, own_capabilities
 from rxlab.errors import CaptureError
+from rxlab.host import tools
 from rxlab.host.idlecheck import check_chain, check_idle_task
+from rxlab.host.tools import find_tool
 from rxlab.host.tracepoints import NEEDED_FIELDS, check_tracepoints, event_fields
 from rxlab.stages import EVENT_PRESETS, STAGES
 
@@ -164,13 +166,38 @@ def test_a_program_without_capabilities(tmp_path: Path) -> None:
 
 
 def test_missing_tools_come_with_the_line_that_installs_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    which = shutil.which
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: None if name in ("perf", "tshark") else which(name))
+    monkeypatch.setattr(doctor, "find_tool", lambda name: None if name in ("perf", "tshark") else find_tool(name))
     result = doctor.examine(idle_seconds=0)
     assert result.check("perf").status == "fail"
     assert result.check("perf").do == "sudo apt install linux-perf   (Fedora: sudo dnf install perf)"
     assert result.check("tshark").status == "warn"
     assert not result.ok
+
+
+def test_tools_of_the_administrator_are_found_by_a_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rxlab-tool").write_text("#!/bin/sh\necho here\n")
+    (tmp_path / "rxlab-tool").chmod(0o755)
+    monkeypatch.setattr(tools, "ADMIN_FOLDERS", (str(tmp_path),))
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    assert find_tool("rxlab-tool") == str(tmp_path / "rxlab-tool")
+    done = subprocess.run(["rxlab-tool"], env=tools.tool_environment(), capture_output=True, check=True)
+    assert done.stdout == b"here\n"
+
+
+def test_the_folder_a_user_put_first_stays_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"/usr/sbin:{tmp_path}")
+    assert tools.tool_path().split(":") == ["/usr/sbin", str(tmp_path), "/usr/local/sbin", "/sbin"]
+
+
+def test_the_idle_task_is_no_second_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the rights perf cannot record: that is said once, by the check of the rights."""
+    monkeypatch.setattr(doctor, "find_tool", lambda name: "/bin/true")
+    monkeypatch.setattr(doctor, "_lacking_rights", lambda for_perf, paranoid: ["CAP_PERFMON"])
+    result = doctor.examine(idle_seconds=0.1)
+    assert result.check("may trace").status == "fail"
+    assert result.check("idle task") == Check("idle task", "warn", "not checked: needs the rights above")
+    monkeypatch.setattr(doctor, "find_tool", lambda name: None)
+    assert doctor.examine(idle_seconds=0.1).check("idle task").found == "not checked: needs perf"
 
 
 def test_an_unknown_interface_fails() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import threading
 import time
@@ -17,6 +16,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from rxlab.errors import CaptureError
+from rxlab.host.tools import find_tool, tool_environment
 
 # A share of breaks above this is the fault; single breaks happen when a CPU is stolen by the hypervisor.
 FAULT_SHARE = 0.02
@@ -113,7 +113,7 @@ def check_idle_task(seconds: float = 1.0, perf: str = "perf") -> IdleCheck:
     CaptureError
         perf is missing or may not record.
     """
-    if shutil.which(perf) is None:
+    if find_tool(perf) is None:
         raise CaptureError("perf is missing", do="apt install linux-perf (Fedora: dnf install perf).")
     # In memory, and gone with the last process that has it open: a check that is killed leaves nothing behind.
     memory = os.memfd_create("rxlab-idle", os.MFD_CLOEXEC)
@@ -133,7 +133,12 @@ def _record_switches(seconds: float, perf: str, memory: int) -> str:
         thread.start()
     try:
         done = subprocess.run(
-            [*command, "--", "sleep", str(seconds)], capture_output=True, text=True, check=False, pass_fds=[memory]
+            [*command, "--", "sleep", str(seconds)],
+            capture_output=True,
+            text=True,
+            check=False,
+            pass_fds=[memory],
+            env=tool_environment(),
         )
     finally:
         stop.set()
@@ -143,7 +148,10 @@ def _record_switches(seconds: float, perf: str, memory: int) -> str:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         raise CaptureError("perf cannot record", found=lines[0] if lines else f"exit {done.returncode}")
     script = [perf, "script", "-i", recording, "--ns", "-F", "cpu,time,event,trace"]
-    return subprocess.run(script, capture_output=True, text=True, check=False, pass_fds=[memory]).stdout
+    printed = subprocess.run(
+        script, capture_output=True, text=True, check=False, pass_fds=[memory], env=tool_environment()
+    )
+    return printed.stdout
 
 
 def _nap(cpu: int, stop: threading.Event) -> None:

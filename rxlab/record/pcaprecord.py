@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rxlab.errors import CaptureError, UsageError
+from rxlab.host.tools import tool_environment
 from rxlab.record.testbed import in_netns
 
 START_TIMEOUT = 10.0
@@ -82,6 +83,7 @@ class PcapRecorder:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
+            env=tool_environment(),
             umask=0o077,
             start_new_session=True,
         )
@@ -205,7 +207,9 @@ def last_message(output: str) -> str:
 def tool_version(tool: str) -> str:
     """Return the first line a tool prints for ``--version``."""
     try:
-        finished = subprocess.run([tool, "--version"], capture_output=True, text=True, check=False, timeout=10)
+        finished = subprocess.run(
+            [tool, "--version"], capture_output=True, text=True, check=False, timeout=10, env=tool_environment()
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     lines = (finished.stdout + finished.stderr).splitlines()

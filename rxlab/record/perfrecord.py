@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from rxlab import stages
 from rxlab.errors import CaptureError
+from rxlab.host.tools import tool_environment
 from rxlab.record.pcaprecord import last_message, tool_version
 
 TRACEFS = (Path("/sys/kernel/tracing"), Path("/sys/kernel/debug/tracing"))
@@ -176,7 +177,7 @@ class PerfRecorder:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=self._stderr,
-            env={**os.environ, "PERF_CONFIG": "/dev/null", "LC_ALL": "C"},
+            env=tool_environment(PERF_CONFIG="/dev/null", LC_ALL="C"),
             umask=0o077,
             start_new_session=True,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -10,6 +9,7 @@ from rxlab import stages
 from rxlab.errors import CaptureError, UsageError
 from rxlab.host.access import HostAccess
 from rxlab.host.cpulist import format_cpus, online_cpus, parse_cpus
+from rxlab.host.tools import find_tool
 from rxlab.record.perfrecord import DEFAULT_PAGES, tracing_folder
 from rxlab.rundir import ARMS
 
@@ -79,7 +79,7 @@ def check_cpus(cpus: str | None) -> None:
 def check_tools(recording: Recording) -> None:
     """Raise the one-line error for a tool or permission that is missing, before anything is made."""
     wanted = (["tcpdump"] if recording.has_pcap else []) + (["perf"] if recording.events else [])
-    if missing := [tool for tool in wanted if shutil.which(tool) is None]:
+    if missing := [tool for tool in wanted if find_tool(tool) is None]:
         raise CaptureError(f"not installed: {', '.join(missing)}", do="Run 'rxlab doctor' for the command that helps.")
     if recording.events:
         tracing_folder()
