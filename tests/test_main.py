@@ -75,3 +75,17 @@ def test_a_command_that_found_something_wrong_keeps_its_status(tmp_path: Path) -
     done = rxlab("inspect", str(tmp_path / "nothing"))
     assert done.returncode == 1
     assert done.stderr == f"rxlab: {tmp_path / 'nothing'}: no such file\n"
+
+
+@pytest.mark.parametrize("name", ["notes.md", "folder", "run"])
+def test_what_cannot_be_inspected_is_told_what_can(name: str, tmp_path: Path) -> None:
+    (tmp_path / "notes.md").write_text("# notes\n")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    done = rxlab("inspect", str(tmp_path / name))
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "perf.data, pcap or pcapng" in done.stderr
+    assert "Errno" not in done.stderr
+    assert ("rx.pcap" in done.stderr or "run/perf.data" in done.stderr) == (name == "run")

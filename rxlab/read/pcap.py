@@ -65,8 +65,13 @@ def read_pcap(path: str | os.PathLike[str], *, chunks: int | None = None) -> Col
     return pieces if chunks is not None else next(pieces)
 
 
-def open_reader(path: str | os.PathLike[str]) -> tuple[ClassicReader | PcapngReader, str]:
-    """Return the reader that a capture's first bytes ask for, and its compression ("", "gzip" or "zstd")."""
+def open_reader(
+    path: str | os.PathLike[str], expected: str = "pcap or pcapng"
+) -> tuple[ClassicReader | PcapngReader, str]:
+    """Return the reader that a capture's first bytes ask for, and its compression ("", "gzip" or "zstd").
+
+    `expected` is what a refusal names as right.
+    """
     buf, compression, warnings = open_capture(path)
     where, magic = os.fspath(path), bytes(buf[:4])
     reader: ClassicReader | PcapngReader
@@ -76,7 +81,7 @@ def open_reader(path: str | os.PathLike[str]) -> tuple[ClassicReader | PcapngRea
         reader = ClassicReader(buf, where)
     else:
         raise FormatError(
-            "not a capture file", where=where, found=f"magic {magic.hex() or 'of no bytes'}", expected="pcap or pcapng"
+            "not a capture file", where=where, found=f"magic {magic.hex() or 'of no bytes'}", expected=expected
         )
     if warnings:
         reader.truncated, reader.truncated_at = True, len(buf)
@@ -101,7 +106,7 @@ def inspect_pcap(path: str | os.PathLike[str]) -> dict[str, Any]:
         order that has a time), min_ns, max_ns, sum_caplen, sum_len, interfaces (list of dict, with their packet counts),
         compression, sections, truncated, truncated_at, warnings. Plain values, ready for JSON.
     """
-    reader, compression = open_reader(path)
+    reader, compression = open_reader(path, "perf.data, pcap or pcapng")
     index, more = empty_index(_INSPECT_ROWS), True
     packets = sum_caplen = sum_len = 0
     counts = np.zeros(MAX_INTERFACES, np.int64)

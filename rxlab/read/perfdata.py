@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from rxlab.errors import MissingEventError, TruncatedFileError, UsageError
+from rxlab.errors import FormatError, MissingEventError, TruncatedFileError, UsageError
 from rxlab.read import perfgather, perfindex
 from rxlab.read.columns import Columns
 from rxlab.read.perfcolumns import gather_columns
@@ -24,6 +24,7 @@ from rxlab.read.perffile import PerfFile, open_perffile
 from rxlab.read.perfindex import Index, Tables
 from rxlab.read.perfmeta import LOST, LOST_SAMPLES, count_index, describe, describe_counts, read_lost
 from rxlab.read.perfwindows import FOREVER, Summary, choose_edges, iterate_windows, summarize
+from rxlab.rundir import PERF_DATA, RUN_JSON
 
 
 class PerfData:
@@ -310,9 +311,20 @@ def inspect_perfdata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises
     ------
+    FormatError
+        Not a perf.data file, or a directory without one.
     TruncatedFileError
         The file is damaged and no sample could be salvaged.
     """
+    top = Path(path)
+    if top.is_dir() and not (top / "data").exists():
+        is_run = (top / RUN_JSON).exists()
+        raise FormatError(
+            "a run directory, not a recording" if is_run else "a directory, not a recording",
+            where=str(path),
+            expected="a perf.data, pcap or pcapng file, or a directory that perf record --threads made",
+            do=f"Name a file in it, e.g. {top / PERF_DATA}." if is_run else None,
+        )
     stats = read_perfdata(path, chunks=1_000_000).stats()
     if stats["truncated"] and not stats["samples"]:
         raise TruncatedFileError("nothing could be salvaged", where=str(path), found="; ".join(stats["warnings"]))
