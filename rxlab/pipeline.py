@@ -274,6 +274,7 @@ def experiment(
     blind = idle_task_is_blind() if idle == "auto" else None
     runs = []
     with ExitStack() as stack:
+        stack.callback(_remove_if_empty, folder)
         journal = stack.enter_context(apply(allow_system_changes=allow_system_changes, yes_this_nic=yes_this_nic))
         bed = stack.enter_context(Testbed(registry=journal)) if testbed else None
         recorded = sweep(
@@ -340,6 +341,12 @@ def _make_room(folder: Path) -> None:
             found=", ".join(held[:3]),
             do="Choose another --out.",
         )
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """Remove a folder in which nothing was recorded, so that a corrected command can use its name."""
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _set_aside(folder: Path, say: Callable[[str], None]) -> None:
