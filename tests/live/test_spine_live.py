@@ -206,14 +206,14 @@ def test_demo_ended_in_the_middle_leaves_nothing(tmp_path: Path, signum: signal.
         assert victim.returncode == 130
         assert "Traceback" not in complaint
     deadline = time.monotonic() + 5
-    left = of_this_test(mark)
-    while left and time.monotonic() < deadline:
+
+    def leftovers() -> list[str]:
+        still = [entry.name for entry in Path("/run/netns").iterdir() if entry.name in namespaces]
+        return of_this_test(mark) + still
+
+    while leftovers() and time.monotonic() < deadline:
         time.sleep(0.1)
-        left = of_this_test(mark)
-    assert not left
-    # The watchdog removes namespaces before it ends, so nothing of the victim's is there any more.
-    still = {entry.name for entry in Path("/run/netns").iterdir() if entry.name in namespaces}
-    assert not still
+    assert not leftovers()
 
 
 @pytest.mark.parametrize("proto", ["tcp", "udp"])
