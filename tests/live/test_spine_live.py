@@ -199,7 +199,7 @@ def test_demo_ended_in_the_middle_leaves_nothing(tmp_path: Path, signum: signal.
         command, env={**os.environ, name: value}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     time.sleep(seconds)
-    namespaces = {entry.name for entry in Path("/run/netns").iterdir() if entry.name.startswith("rxlab-")}
+    namespaces = {entry.name for entry in Path("/run/netns").glob("rxlab-*")}
     victim.send_signal(signum)
     _, complaint = victim.communicate(timeout=60)
     if signum == signal.SIGINT:
@@ -208,7 +208,7 @@ def test_demo_ended_in_the_middle_leaves_nothing(tmp_path: Path, signum: signal.
     deadline = time.monotonic() + 5
 
     def leftovers() -> list[str]:
-        still = [entry.name for entry in Path("/run/netns").iterdir() if entry.name in namespaces]
+        still = [entry.name for entry in Path("/run/netns").glob("rxlab-*") if entry.name in namespaces]
         return of_this_test(mark) + still
 
     while leftovers() and time.monotonic() < deadline:
