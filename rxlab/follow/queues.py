@@ -132,4 +132,18 @@ def _consume_queue(
     # ret is the datagram's length, or less when the caller's buffer was too small (MSG_TRUNC).
     fits = inside & (left == right) & (returned[at] == payload_len) & (rank[at] > ready_rank)
     result.receive[packets] = np.where(fits, calls[at], -1)
-    result.anchors_disagree[packets] = inside & ~fits
+    result.anchors_disagree[packets] = (inside & ~fits) | _overtaken_in_call(result, calls[at], fits, ready_rank)
+
+
+def _overtaken_in_call(result: Consumption, call: np.ndarray, fits: np.ndarray, ready_rank: np.ndarray) -> np.ndarray:
+    """Tell which datagrams two readers of one socket may have taken in the other order.
+
+    A call is seen where it returns, not where it dequeues: when two tasks return one after the other and the second
+    datagram was there before the first call returned, either may have taken either.
+    """
+    tid, rank = result.receives["tid"][call], result.receives["rank"][call]
+    swapped = fits[:-1] & fits[1:] & (tid[:-1] != tid[1:]) & (ready_rank[1:] < rank[:-1])
+    doubt = np.zeros(len(call), bool)
+    doubt[:-1] |= swapped
+    doubt[1:] |= swapped
+    return doubt

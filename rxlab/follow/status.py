@@ -108,17 +108,19 @@ def _merged_and_late(
     """
     flow, payload, position = columns["flow"], columns["payload_len"].astype(np.int64), columns["position"]
     probe_len = pick(path.columns["probe_len"], skb, -1)
-    data = np.flatnonzero(columns["is_data"] & (columns["proto"] == TCP))
-    order = data[np.lexsort((data, flow[data]))]
+    # Pure ACKs count as well: data may be merged into the skb of one that waits in the backlog before it.
+    order = np.flatnonzero((columns["proto"] == TCP) & (flow >= 0))
+    order = order[np.lexsort((order, flow[order]))]
     merged, late = np.zeros(columns.n, bool), np.zeros(columns.n, bool)
     if not len(order):
         return merged, late
     has_probe = probe_len[order] >= 0
     # data_len is a 16-bit field: compare modulo 65,536.
-    grew = has_probe & (probe_len[order] != payload[order] % 65536)
+    grew = has_probe & (probe_len[order] != np.maximum(payload[order], 0) % 65536)
     head = np.maximum.accumulate(np.where(has_probe, np.arange(len(order)), -1))
     same = (head >= 0) & (flow[order[np.maximum(head, 0)]] == flow[order])
     merged[order] = ~has_probe & same & grew[np.maximum(head, 0)]
+    order = order[columns["is_data"][order]]
     end = position[order] + payload[order]
     edges = np.flatnonzero(np.diff(flow[order], prepend=-2, append=-2))
     for low, high in zip(edges[:-1], edges[1:], strict=True):

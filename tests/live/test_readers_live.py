@@ -46,8 +46,8 @@ def test_reader_is_followed(
         for attempt in range(ATTEMPTS):
             result = record_and_verify(testbed, journal, tmp_path / str(attempt), kind, proto, flows)
             assert result["misjoined"] == 0, result
-            # The sender may put several small messages into one segment.
-            assert 0.9 * sent <= result["data_packets"] <= sent + 1
+            # The sender may put several small messages into one segment, or send one again.
+            assert 0.9 * sent <= result["data_packets"] <= 1.05 * sent
             seen.append(
                 (result["checked"], result["data_packets"], result["verdict"], result["reasons"], result["statuses"])
             )
