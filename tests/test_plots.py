@@ -12,7 +12,7 @@ import pytest
 from joined_builder import NAT, make_app_logs, make_host, make_joined, make_run
 from matplotlib.figure import Figure
 
-from rxlab.dataset import stats, store
+from rxlab.dataset import explain, stats, store
 from rxlab.errors import RxlabError
 from rxlab.show import plots
 from rxlab.stages import STAGE_INDEX, STAGE_NAMES
@@ -56,7 +56,7 @@ def test_every_figure_is_drawn_with_units(trees):
     figures = {
         "packet": plots.plot_packet(b[0]),
         "bars": plots.plot_stage_bars(trees),
-        "difference": plots.plot_difference(stats.explain(a, b)),
+        "difference": plots.plot_difference(explain.explain(a, b)),
         "ecdf": plots.plot_ecdf(latencies),
         "comparison": plots.plot_comparison(comparisons),
         "steering": plots.plot_steering(b[0]),

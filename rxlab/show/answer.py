@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from rxlab.dataset import aggregate, stats
+from rxlab.dataset import aggregate, explain, stats
 from rxlab.dataset.stats import BETTER, CANNOT_TELL, WORSE, Comparison
 from rxlab.show.plots import microseconds
 from rxlab.show.trust import AnalysedRun, workload_differences
@@ -119,7 +119,7 @@ def compare_all(groups: Mapping[str, Sequence[AnalysedRun]], metric: str | None)
     for pair in pairs:
         mine, flat = flat[: len(pair.untraced)], flat[len(pair.untraced) :]
         levels = sorted({0.5, 0.99, *(c.quantile for c in mine[:1] and [deciding(mine)])}) if pair.traced else []
-        explanation = {level: stats.explain(trees[pair.a], trees[pair.b], quantile=level) for level in levels}
+        explanation = {level: explain.explain(trees[pair.a], trees[pair.b], quantile=level) for level in levels}
         corrected.append(replace(pair, untraced=mine, explanation=explanation))
     return corrected
 
@@ -289,7 +289,7 @@ def _answer_single(groups: Mapping[str, Sequence[AnalysedRun]]) -> Answer:
         if not trees:
             continue
         total = stats.estimate_quantile([stats.hop_values(tree, "total_latency") for tree in trees], 0.5)
-        parts = stats.contributions(trees[0], 0.5)
+        parts = explain.contributions(trees[0], 0.5)
         first = np.argsort(-parts.values)[:3]
         words = [f"{parts['hop'].values[i]} {microseconds(float(parts.values[i]))}" for i in first]
         interval = (

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
-from rxlab.dataset import stats
+from rxlab.dataset import explain, stats
 from rxlab.dataset.aggregate import tail_curve
 from rxlab.dataset.stats import Comparison
 from rxlab.errors import RxlabError
@@ -167,10 +167,10 @@ def plot_stage_bars(
 ) -> Figure:
     """Draw where the time of the median packet goes, per configuration; segments add up to the quantile of total latency."""
     tables = {
-        label: np.mean([stats.contributions(tree, quantile).values for tree in trees], axis=0)
+        label: np.mean([explain.contributions(tree, quantile).values for tree in trees], axis=0)
         for label, trees in configurations.items()
     }
-    hops = [str(hop) for hop in stats.contributions(next(iter(configurations.values()))[0], quantile)["hop"].values]
+    hops = [str(hop) for hop in explain.contributions(next(iter(configurations.values()))[0], quantile)["hop"].values]
     figure, axes = _axes(8.2, 0.62 * len(tables) + 1.5)
     widest = max(float(table.sum()) for table in tables.values())
     for line, table in enumerate(tables.values()):
@@ -230,7 +230,7 @@ def _quantile_words(quantile: float) -> str:
 
 @_styled
 def plot_difference(explanation: xr.Dataset, *, a: str = "A", b: str = "B") -> Figure:
-    """Draw which hops carry the difference between two configurations (:func:`rxlab.dataset.stats.explain`)."""
+    """Draw which hops carry the difference between two configurations (:func:`rxlab.dataset.explain.explain`)."""
     hops = [
         str(hop) for hop in explanation["hop"].values if explanation["a"].sel(hop=hop) or explanation["b"].sel(hop=hop)
     ]
