@@ -1,36 +1,49 @@
 """Dataset -> Figure, one question each.
 
 Every function returns a :class:`matplotlib.figure.Figure` and touches no global state, so the same figure goes into a
-notebook, a report and a paper. Colours are Okabe and Ito's (told apart by colour-blind readers and in grey print); millions of
-packets are aggregated before they are drawn.
+notebook, a report and a paper; millions of packets are aggregated before they are drawn. Figures of packets are in
+packetplots.py, of whole sweeps in sweepplots.py, and are found here too; the look is style.py's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-import matplotlib as mpl
 import numpy as np
 import xarray as xr
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
 from rxlab.dataset import explain, stats
 from rxlab.dataset.aggregate import tail_curve
 from rxlab.dataset.stats import Comparison
-from rxlab.errors import RxlabError
-from rxlab.stages import ORDER, PATH_KINDS, STAGE_INDEX
+from rxlab.show.packetplots import packet_steps as packet_steps
+from rxlab.show.packetplots import plot_packet as plot_packet
+from rxlab.show.packetplots import plot_steering as plot_steering
+from rxlab.show.packetplots import plot_timeline as plot_timeline
+from rxlab.show.packetplots import typical_packet as typical_packet
+from rxlab.show.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PURPLE,
+    SERIES,
+    SKY,
+    VERMILION,
+    YELLOW,
+    log_ticks,
+    new_axes,
+    quantile_words,
+    ratio_ticks,
+    styled,
+)
+from rxlab.show.style import microseconds as microseconds
+from rxlab.show.sweepplots import plot_effects as plot_effects
+from rxlab.show.sweepplots import plot_heatmap as plot_heatmap
+from rxlab.show.sweepplots import plot_ranks as plot_ranks
 
-BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, YELLOW, GREY = (
-    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#8A8F98",
-)  # fmt: skip
-SERIES = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
-INK, FAINT = "#1F2933", "#D5DAE1"
-
-# What a hop is about, by the stage it ends at: (phase, colour), in the order of the path.
 PHASES: dict[str, tuple[tuple[str, ...], str]] = {
     "interrupt and softirq": (("hardirq", "softirq_raise", "softirq", "driver_rx"), SKY),
     "RPS to another CPU": (("rps_ipi",), VERMILION),
@@ -40,128 +53,8 @@ PHASES: dict[str, tuple[tuple[str, ...], str]] = {
 }
 PHASE_OF = {hop: phase for phase, (hops, _) in PHASES.items() for hop in hops}
 
-STYLE: Any = {
-    "font.family": "DejaVu Sans", "font.size": 9.5, "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
-    "axes.edgecolor": GREY, "axes.labelcolor": INK, "axes.titlecolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": FAINT, "grid.linewidth": 0.6,
-    "axes.axisbelow": True, "legend.frameon": False, "figure.facecolor": "white", "savefig.facecolor": "white", "lines.linewidth": 1.6,
-    "figure.constrained_layout.use": True, "figure.constrained_layout.w_pad": 0.09, "figure.constrained_layout.h_pad": 0.06,
-}  # fmt: skip
 
-
-def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    @wraps(draw)
-    def styled(*args: Any, **kwargs: Any) -> Figure:
-        with mpl.rc_context(STYLE):
-            return draw(*args, **kwargs)
-
-    return styled
-
-
-def _axes(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.add_subplot()
-
-
-def _log_ticks(axes: Axes) -> None:
-    """Label a logarithmic x axis with plain numbers, as densely as its span allows."""
-    low, high = axes.get_xlim()
-    steps = (
-        (1.0, 2.0, 5.0)
-        if high / low > 8
-        else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
-        if high / low > 2
-        else tuple(np.arange(10, 100) / 10)
-    )
-    axes.xaxis.set_major_locator(LogLocator(subs=steps, numticks=15))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_locator(NullLocator())
-
-
-def microseconds(ns: float) -> str:
-    """Return a duration as text with three significant digits: ``850 ns``, ``12.3 µs``, ``4.56 ms``."""
-    if not np.isfinite(ns):
-        return "-"
-    for limit, scale, unit in ((1e3, 1, "ns"), (1e6, 1e3, "µs"), (1e9, 1e6, "ms"), (np.inf, 1e9, "s")):
-        if abs(ns) < limit * 0.9995:
-            value = ns / scale
-            digits = 0 if unit == "ns" or abs(value) >= 100 else 1 if abs(value) >= 10 else 2
-            return f"{value:.{digits}f} {unit}"
-    raise AssertionError("unreachable: the last limit is infinite")
-
-
-def typical_packet(tree: xr.DataTree, quantile: float = 0.5) -> int:
-    """Return the row of the usable packet whose total latency is the given quantile of the run's."""
-    rows = np.flatnonzero(stats.usable(tree["packets"].to_dataset()))
-    totals = tree["hops"].to_dataset()["latency"].sel(hop="total_latency").values[rows]
-    rows, totals = rows[~np.isnan(totals)], totals[~np.isnan(totals)]
-    if not len(rows):
-        raise RxlabError("no complete packet to show", expected="a traced run with complete data packets")
-    order = np.argsort(totals, kind="stable")
-    return int(rows[order[min(int(quantile * len(rows)), len(rows) - 1)]])
-
-
-def packet_steps(tree: xr.DataTree, packet: int) -> list[dict[str, Any]]:
-    """Return the steps of one packet in the order of its path.
-
-    Returns
-    -------
-    list of dict
-        ``stage``, ``start_ns`` and ``latency_ns`` (float, from the first kernel stage seen), ``cpu`` (int) of each seen stage; the first has latency 0.
-    """
-    packets = tree["packets"].to_dataset().isel(packet=packet)
-    time = packets["time"].values.view(np.int64)
-    kind = PATH_KINDS[int(packets["path_kind"])]
-    first = int(packets["t0_stage"])
-    seen = [name for name in ORDER[kind] if not np.isnat(packets["time"].values[STAGE_INDEX[name]])]
-    if first < 0 or not seen:
-        raise RxlabError("no stage of this packet was seen", where=f"packet {packet}")
-    origin = int(time[first])
-    steps = []
-    before = int(time[STAGE_INDEX[seen[0]]])
-    for name in seen:
-        at = int(time[STAGE_INDEX[name]])
-        steps.append(
-            {
-                "stage": name,
-                "start_ns": float(before - origin),
-                "latency_ns": float(at - before),
-                "cpu": int(packets["cpu"].values[STAGE_INDEX[name]]),
-            }
-        )
-        before = at
-    return steps
-
-
-@_styled
-def plot_packet(tree: xr.DataTree, packet: int | None = None) -> Figure:
-    """Draw the waterfall of one packet: what did it wait for, and on which CPU? By default the packet of median latency."""
-    row = typical_packet(tree) if packet is None else packet
-    steps = packet_steps(tree, row)
-    cpus = sorted({step["cpu"] for step in steps})
-    colour = {cpu: SERIES[index % len(SERIES)] for index, cpu in enumerate(cpus)}
-    figure, axes = _axes(8.2, 0.3 * len(steps) + 1.2)
-    end = steps[-1]["start_ns"] + steps[-1]["latency_ns"]
-    for line, step in enumerate(steps):
-        axes.barh(line, step["latency_ns"] / 1e3, left=step["start_ns"] / 1e3, color=colour[step["cpu"]], height=0.62)
-        right = (step["start_ns"] + step["latency_ns"]) / 1e3
-        axes.plot([right, right], [line - 0.31, line + 0.31], color=INK, linewidth=1.4)
-        if line:
-            text = "+" + microseconds(step["latency_ns"])
-            axes.annotate(text, (right, line), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8.5)
-    axes.set_yticks(range(len(steps)), [step["stage"] for step in steps])
-    axes.invert_yaxis()
-    axes.set_xlim(-0.01 * end / 1e3, end / 1e3 * 1.13)
-    axes.set_xlabel("time since the first kernel stage (µs)")
-    axes.grid(axis="y", visible=False)
-    for cpu in cpus:
-        axes.bar(0, 0, color=colour[cpu], label=f"CPU {cpu}")
-    axes.legend(loc="upper right", title="stage reached on")
-    axes.set_title(f"Packet {row}: {microseconds(end)} from {steps[0]['stage']} to {steps[-1]['stage']}")
-    return figure
-
-
-@_styled
+@styled
 def plot_stage_bars(
     configurations: Mapping[str, Sequence[xr.DataTree]], *, quantile: float = 0.5, title: str | None = None
 ) -> Figure:
@@ -171,7 +64,7 @@ def plot_stage_bars(
         for label, trees in configurations.items()
     }
     hops = [str(hop) for hop in explain.contributions(next(iter(configurations.values()))[0], quantile)["hop"].values]
-    figure, axes = _axes(8.2, 0.62 * len(tables) + 1.5)
+    figure, axes = new_axes(8.2, 0.62 * len(tables) + 1.5)
     widest = max(float(table.sum()) for table in tables.values())
     for line, table in enumerate(tables.values()):
         left = 0.0
@@ -220,15 +113,11 @@ def plot_stage_bars(
         columnspacing=1.2,
         handlelength=1.2,
     )
-    axes.set_title(f"Where the time of the {_quantile_words(quantile)} packet goes" if title is None else title)
+    axes.set_title(f"Where the time of the {quantile_words(quantile)} packet goes" if title is None else title)
     return figure
 
 
-def _quantile_words(quantile: float) -> str:
-    return "median" if quantile == 0.5 else f"p{100 * quantile:g}"
-
-
-@_styled
+@styled
 def plot_difference(explanation: xr.Dataset, *, a: str = "A", b: str = "B") -> Figure:
     """Draw which hops carry the difference between two configurations (:func:`rxlab.dataset.explain.explain`)."""
     hops = [
@@ -236,7 +125,7 @@ def plot_difference(explanation: xr.Dataset, *, a: str = "A", b: str = "B") -> F
     ]
     part = explanation.sel(hop=hops)
     size = part["difference"].values / 1e3
-    figure, axes = _axes(8.2, 0.27 * len(hops) + 1.2)
+    figure, axes = new_axes(8.2, 0.27 * len(hops) + 1.2)
     axes.barh(range(len(hops)), size, color=[VERMILION if value > 0 else BLUE for value in size], height=0.62)
     low, high = part["low"].values / 1e3, part["high"].values / 1e3
     known = ~np.isnan(low)
@@ -259,12 +148,12 @@ def plot_difference(explanation: xr.Dataset, *, a: str = "A", b: str = "B") -> F
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(f"{b} minus {a} (µs); negative: {b} is faster")
-    words = _quantile_words(float(explanation.attrs.get("quantile", 0.5)))
+    words = quantile_words(float(explanation.attrs.get("quantile", 0.5)))
     axes.set_title(f"Hops behind the difference of the {words}: {float(explanation['total']) / 1e3:+.2f} µs in all")
     return figure
 
 
-@_styled
+@styled
 def plot_ecdf(
     series: Mapping[str, Sequence[np.ndarray]], *, title: str = "Latency of all packets", xlabel: str = "latency (µs)"
 ) -> Figure:
@@ -275,7 +164,7 @@ def plot_ecdf(
     series : mapping of str to sequence of float64 arrays, ns
         Configuration -> its runs.
     """
-    figure, axes = _axes(8.2, 3.9)
+    figure, axes = new_axes(8.2, 3.9)
     for index, (label, runs) in enumerate(series.items()):
         for number, values in enumerate(run[~np.isnan(run)] for run in runs):
             if len(values):
@@ -289,7 +178,7 @@ def plot_ecdf(
     axes.set_yticks([level for level in levels if level >= axes.get_ylim()[0]])
     axes.yaxis.set_major_formatter(FuncFormatter(lambda level, _: "all" if level == 1 else f"p{100 * (1 - level):.6g}"))
     axes.yaxis.set_minor_locator(NullLocator())
-    _log_ticks(axes)
+    log_ticks(axes)
     axes.set_xlabel(xlabel)
     axes.set_ylabel("quantile (packets above)")
     axes.legend(loc="upper right")
@@ -297,12 +186,12 @@ def plot_ecdf(
     return figure
 
 
-@_styled
+@styled
 def plot_comparison(
     comparisons: Sequence[Comparison], *, a: str = "A", b: str = "B", title: str = "Is it faster?"
 ) -> Figure:
     """Draw the ratios B / A with their intervals: does the interval leave out 1?"""
-    figure, axes = _axes(8.2, 0.42 * len(comparisons) + 1.25)
+    figure, axes = new_axes(8.2, 0.42 * len(comparisons) + 1.25)
     colours = {stats.BETTER: GREEN, stats.WORSE: VERMILION, stats.CANNOT_TELL: GREY}
     limits = [value for c in comparisons for value in (c.ratio_low, c.ratio_high, c.ratio) if np.isfinite(value)]
     # Intervals may leave the axis, which an arrow shows; points may not.
@@ -324,81 +213,23 @@ def plot_comparison(
             fontsize=8.8,
         )
     axes.axvline(1, color=INK, linewidth=1)
-    axes.set_xscale("log")
-    axes.set_xlim(1 / edge, edge)
     axes.set_ylim(len(comparisons) - 0.4, -0.6)
-    axes.xaxis.set_minor_locator(NullLocator())
-    grids = (
-        (0.98, 0.99, 1, 1.01, 1.02),
-        (0.9, 0.95, 1, 1.05, 1.1),
-        (0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5),
-        (0.25, 0.5, 0.75, 1, 1.5, 2, 4),
-    )
-    wide = (0.1, 0.2, 0.5, 1, 2, 5, 10) if edge < 30 else (1e-6, 1e-4, 1e-3, 0.01, 0.1, 1, 10, 100, 1e3, 1e4, 1e6)
-    ticks = [t for t in next((g for g in grids if g[-1] >= edge**0.7), wide) if 1 / edge <= t <= edge]
-    names = [f"{100 * (t - 1):+.0f} %" if edge < 30 else f"×{t:g}" if t > 1 else f"÷{1 / t:g}" for t in ticks]
-    axes.set_xticks(ticks, ["same" if t == 1 else name for t, name in zip(ticks, names, strict=True)])
-    axes.set_yticks(range(len(comparisons)), [_quantile_words(c.quantile) for c in comparisons])
+    ratio_ticks(axes, edge)
+    axes.set_yticks(range(len(comparisons)), [quantile_words(c.quantile) for c in comparisons])
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(f"latency of {b} against {a} (left: {b} is faster)")
     axes.set_title(title)
     return figure
 
 
-@_styled
-def plot_steering(tree: xr.DataTree) -> Figure:
-    """Draw which CPU handed packets to which: from the CPU they entered on, to the stack's, to the reader's."""
-    packets = tree["packets"].to_dataset()
-    rows = stats.usable(packets)
-    cpu = packets["cpu"].values
-    entered = cpu[np.arange(len(cpu)), np.maximum(packets["t0_stage"].values, 0)]
-    stack, reader = cpu[:, STAGE_INDEX["netif_receive_skb"]], packets["reader_cpu"].values
-    n_cpus = int(max(entered.max(initial=0), cpu.max(initial=0), reader.max(initial=0))) + 1
-    figure = Figure(figsize=(8.2, 2.9 if n_cpus <= 4 else 3.6 if n_cpus <= 8 else 4.6), layout="constrained")
-    panels = (
-        ("entered on CPU", entered, "protocol stack on CPU", stack),
-        ("protocol stack on CPU", stack, "reader on CPU", reader),
-    )
-    for index, (left_label, left, right_label, right) in enumerate(panels, start=1):
-        axes = figure.add_subplot(1, 2, index)
-        known = rows & (left >= 0) & (right >= 0)
-        table = np.zeros((n_cpus, n_cpus))
-        np.add.at(table, (left[known], right[known]), 1)
-        share = table / max(table.sum(), 1)
-        axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-        for (row, column), value in np.ndenumerate(share):
-            if value and n_cpus <= 16:
-                axes.text(
-                    column,
-                    row,
-                    f"{100 * value:.3g} %",
-                    ha="center",
-                    va="center",
-                    color="white" if value > 0.55 else INK,
-                    fontsize=9,
-                )
-        ticks = range(0, n_cpus, max(1, n_cpus // 16))
-        axes.set_xticks(ticks)
-        axes.set_yticks(ticks)
-        axes.grid(visible=False)
-        for edge in np.arange(n_cpus - 1) + 0.5:
-            axes.axhline(edge, color="white", linewidth=2)
-            axes.axvline(edge, color="white", linewidth=2)
-        axes.set_xlabel(right_label)
-        axes.set_ylabel(left_label)
-        stays = float(np.trace(share)) if known.any() else 0.0
-        axes.set_title(f"{100 * stays:.3g} % stay on their CPU")
-    return figure
-
-
-@_styled
+@styled
 def plot_coverage(coverage: xr.Dataset, *, title: str = "Coverage: of how many packets each stage was seen") -> Figure:
     """Draw of how many packets each stage was seen, and why not of the others."""
     rows = [str(s) for s in coverage["stage"].values if int(coverage["expected"].sel(stage=s))]
     part = coverage.sel(stage=rows)
     expected = part["expected"].values
     causes = [str(c) for c in coverage["cause"].values if int(part["missing"].sel(cause=c).sum())]
-    figure, axes = _axes(8.2, 0.26 * len(rows) + 1.3)
+    figure, axes = new_axes(8.2, 0.26 * len(rows) + 1.3)
     lines = np.arange(len(rows))
     left = part["matched"].values / np.maximum(expected, 1)
     axes.barh(lines, left, color=GREEN, height=0.66, label="seen")
@@ -427,15 +258,15 @@ def plot_coverage(coverage: xr.Dataset, *, title: str = "Coverage: of how many p
     return figure
 
 
-@_styled
+@styled
 def plot_clock(tree: xr.DataTree, *, windows: int = 200) -> Figure:
     """Draw capture stamp minus the event it is taken at over time: do the two clocks stay on one axis?"""
     packets, clocks = tree["packets"].to_dataset(), tree["clocks"].to_dataset()
     position = str(clocks["stamp_position"].values)
     stage = {"bracket": "driver_rx", "tap": "netif_receive_skb"}.get(position, "netif_receive_skb")
-    stamp, event = packets["pcap_time"].values, packets["time"].values[:, STAGE_INDEX[stage]]
+    stamp, event = packets["pcap_time"].values, packets["time"].sel(stage=stage).values
     known = ~np.isnat(stamp) & ~np.isnat(event)
-    figure, axes = _axes(8.2, 3.0)
+    figure, axes = new_axes(8.2, 3.0)
     axes.set_title(f"Capture stamp minus {stage} (stamp position: {position})")
     axes.set_xlabel("time since the first packet (s)")
     if not known.any():
@@ -464,7 +295,7 @@ def plot_clock(tree: xr.DataTree, *, windows: int = 200) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def plot_arms(
     arms: Mapping[str, Mapping[str, Sequence[np.ndarray]]],
     *,
@@ -479,19 +310,19 @@ def plot_arms(
         Configuration -> arm -> the workload's own latencies of its runs, ns.
     """
     lines = [(label, arm, runs) for label, by_arm in arms.items() for arm, runs in by_arm.items() if runs]
-    figure, axes = _axes(8.2, 0.36 * len(lines) + 1.3)
+    figure, axes = new_axes(8.2, 0.36 * len(lines) + 1.3)
     marks = {0.5: "o", 0.9: "s", 0.99: "D"}
     for line, (_, arm, runs) in enumerate(lines):
         for index, (level, mark) in enumerate(marks.items()):
             estimate = stats.estimate_quantile(runs, level)
-            axes.plot(estimate.value / 1e3, line, mark, color=SERIES[index], markersize=6.5, alpha=1 if arm == "untraced" else 0.75, label=_quantile_words(level) if line == 0 else None,
+            axes.plot(estimate.value / 1e3, line, mark, color=SERIES[index], markersize=6.5, alpha=1 if arm == "untraced" else 0.75, label=quantile_words(level) if line == 0 else None,
                       markerfacecolor=SERIES[index] if arm == "untraced" else "white")  # fmt: skip
             if np.isfinite(estimate.low):
                 axes.hlines(line, estimate.low / 1e3, estimate.high / 1e3, color=SERIES[index], linewidth=1.6, zorder=1)
     axes.set_yticks(range(len(lines)), [f"{label}, {arm}" for label, arm, _ in lines])
     axes.set_ylim(len(lines) - 0.4, -0.6)
     axes.set_xscale("log")
-    _log_ticks(axes)
+    log_ticks(axes)
     axes.set_xlabel(xlabel)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     axes.set_title(title)
