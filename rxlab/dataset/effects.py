@@ -256,8 +256,8 @@ def check_order(
     p_drift = float(2 * distributions.t.sf(abs(slope) / spread, freedom)) if spread > 0 else float(slope == 0)
     p_carry = _carry(trend, codes, groups, y)
     p_drift, p_carry = stats.holm([p_drift, p_carry])
-    limits = [float(np.exp(value)) for value in (slope, slope - half, slope + half)]
-    return Order(*limits, p_drift, p_carry, float(confounded), n)
+    drift, low, high = (float(np.exp(value)) for value in (slope, slope - half, slope + half))
+    return Order(drift, low, high, p_drift, p_carry, float(confounded), n)
 
 
 def _carry(model: np.ndarray, codes: np.ndarray, groups: int, y: np.ndarray) -> float:

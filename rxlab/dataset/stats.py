@@ -136,10 +136,11 @@ def quantile_intervals(values: np.ndarray, quantiles: Sequence[float], *, confid
         for value, level in zip(found, quantiles, strict=True)
     ]
     parted.partition(sorted({rank for pair in limits if pair for rank in pair} or {0}))
-    return [
-        Estimate(value, *([float(parted[rank]) for rank in pair] if pair else (np.nan, np.nan)), n, "within one run")
-        for value, pair in zip(found, limits, strict=True)
-    ]
+    estimates = []
+    for value, pair in zip(found, limits, strict=True):
+        low, high = (float(parted[pair[0]]), float(parted[pair[1]])) if pair else (np.nan, np.nan)
+        estimates.append(Estimate(value, low, high, n, "within one run"))
+    return estimates
 
 
 def _place(n: int, level: float) -> tuple[int, int, float]:

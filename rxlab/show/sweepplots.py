@@ -87,10 +87,10 @@ def plot_heatmap(
     axes.grid(visible=False)
     axes.tick_params(length=0)
     bar = figure.colorbar(image, ax=axes, pad=0.02)
-    ticks = np.linspace(low, high, 4)
+    ticks = np.linspace(low, high, 4).tolist()
     bar.set_ticks(ticks, labels=[f"{10**tick:.3g}" for tick in ticks])
     bar.set_label(xlabel)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     axes.set_title(title)
     return figure
 
