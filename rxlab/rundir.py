@@ -5,7 +5,7 @@ A run directory is what capture leaves and analysis reads; nothing else passes b
 ``run.json``
     ``{"schema_version", "status": "running"|"complete"|"partial"|"failed", "problems": [str], "command": [str],
     "testbed": {...}|null, "iface", "netns": path|null, "local_macs": [str], "local_addresses": [str],
-    "arm": "untraced"|"pcap"|"min"|"std"|"full", "workload": {"name", "proto", ...}|null, "configuration": {setting: value},
+    "arm": "untraced"|"pcap"|"min"|"std"|"full", "stamps": "software"|"nic", "workload": {"name", "proto", ...}|null, "configuration": {setting: value},
     "start_ns", "stop_ns" (CLOCK_REALTIME), "perf": {"version", "argv", "exit_code", "events": [str], "missing_events": [str],
     "filters": {event: expression}, "pages", "stderr", "lost": int|null}|null, "tcpdump": {"version", "argv", "exit_code",
     "captured", "received", "dropped", "fence": {"captured", "received"}, "copies", "stderr"}|null, "idle": {"asked",
@@ -18,9 +18,11 @@ A run directory is what capture leaves and analysis reads; nothing else passes b
     "features", "coalesce", "rings", "channels", "timestamping", "settings"}}, "sysctls": {name: value}, "governor",
     "irqbalance": bool, "tcp_early_demux"}``
 ``clock.json``
-    ``{"schema_version", "readings": [{"when": "before"|"during"|"after", "mono_before", "real", "mono_after", "raw"}]}``:
-    each the narrowest of 16 CLOCK_MONOTONIC / CLOCK_REALTIME / CLOCK_MONOTONIC sandwiches, int ns; ``phc`` readings follow the
-    same shape with a ``"phc"`` key.
+    ``{"schema_version", "readings": [{"when": "before"|"during"|"after", "mono_before", "real", "mono_after", "raw_before", "raw",
+    "raw_after"}]}``: CLOCK_REALTIME, and CLOCK_MONOTONIC_RAW, each between two readings of CLOCK_MONOTONIC, the narrowest of
+    16, int ns (before rxlab 0.2 ``raw`` alone, read right after ``mono_after``). With hardware stamps also ``"phc": [{"when",
+    "phc", "index", "method": "precise"|"extended"|"plain", "clock": "raw"|"real", "before", "after"}]``: the NIC's clock
+    between two readings of `clock`.
 ``counters.json``
     ``{"schema_version", "before": {...}, "after": {...}, "difference": {...}}`` with keys ``interrupts`` {irq: {"label", "cpus": [n]}},
     ``softirqs`` {name: [n]}, ``softnet_stat`` [{"cpu", "processed", "dropped", "time_squeeze", "received_rps", ...}],

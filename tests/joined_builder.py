@@ -93,7 +93,16 @@ def make_clock() -> SimpleNamespace:
     segments = Columns({"start_real": np.array([NAT]), "offset": np.array([OFFSET])})
     residual = {0.0: 380.0, 0.01: 391.0, 0.5: 402.0, 0.99: 455.0, 1.0: 600.0}
     return SimpleNamespace(
-        segments=segments, bound_ns=25, residual=residual, stamp_position="bracket", offset_ns=OFFSET
+        segments=segments,
+        bound_ns=25,
+        residual=residual,
+        stamp_position="bracket",
+        offset_ns=OFFSET,
+        method="readings",
+        flags=(),
+        perf_clock="CLOCK_MONOTONIC",
+        leap_s=None,
+        nic_offset_ns=None,
     )
 
 

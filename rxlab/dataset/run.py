@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import os
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,10 @@ import xarray as xr
 from rxlab import rundir
 from rxlab.dataset import accessor as accessor  # gives trees and sweeps their .rx
 from rxlab.dataset.store import build, open_dataset, read_app_logs, save
-from rxlab.errors import FormatError, TruncatedFileError
+from rxlab.errors import ClockError, FormatError, TruncatedFileError
 from rxlab.follow.align import align_recordings
-from rxlab.follow.clockfit import fit_constant
+from rxlab.follow.clockfit import ClockMap, fit_constant
+from rxlab.follow.crossfit import RAW_CLOCK, fit_nic, fit_raw
 from rxlab.follow.join import Joined, Machine, join
 from rxlab.follow.verify import message_of_packets, read_app_log, verify_join
 from rxlab.read.columns import Columns
@@ -103,13 +106,12 @@ class Run:
     @cached_property
     def joined(self) -> Joined:
         """The packets joined to the kernel's events."""
-
-        clock = fit_constant(self.rundir.json(CLOCK_JSON)["readings"], where=str(self.rundir.file(CLOCK_JSON)))
+        clock = clock_of(self.rundir)
+        events, bound = on_monotonic(self.perf, self.rundir)
+        clock = replace(clock, bound_ns=clock.bound_ns + bound, perf_clock=str(self.perf.meta.get("clock") or ""))
         lost = int(self.perf.meta.get("lost_total", sum(self.perf.lost["count"].tolist())))
         machine = machine_of(self.run, self.host)
-        return join(
-            self.perf.events, self.packets, clock, machine, lost=lost, damage=damage_of(self.perf, self.packets)
-        )
+        return join(events, self.packets, clock, machine, lost=lost, damage=damage_of(self.perf, self.packets))
 
     def missing_stages(self) -> list[str]:
         """Return the stages this recording cannot show, for want of their events."""
@@ -182,6 +184,48 @@ class Run:
         if pcap is None or not packets.n or (packets["offset"] < 0).any():
             return None
         return message_of_packets(pcap, packets["offset"], packets["payload_offset"], packets["caplen"])
+
+
+def clock_of(folder: RunDir) -> ClockMap:
+    """Return the map from the capture's clock to CLOCK_MONOTONIC, by the readings in clock.json.
+
+    Raises
+    ------
+    ClockError
+        There are too few readings, or they contradict each other.
+    """
+    where, content = str(folder.file(CLOCK_JSON)), folder.json(CLOCK_JSON)
+    if folder.run.get("stamps") == "nic":
+        return fit_nic(content.get("phc") or [], content.get("readings") or [], where=where)
+    return fit_constant(content.get("readings") or [], where=where)
+
+
+def on_monotonic(perf: PerfData, folder: RunDir) -> tuple[Mapping[str, Columns], int]:
+    """Return a recording's events on CLOCK_MONOTONIC, and the bound of the conversion, ns.
+
+    Raises
+    ------
+    ClockError
+        The run has no readings of the clock perf recorded with.
+    """
+    name = perf.meta.get("clock")
+    if name == RAW_CLOCK:
+        content = folder.json(CLOCK_JSON)
+        raw = fit_raw(content.get("readings") or [], where=str(folder.file(CLOCK_JSON)))
+        events = {
+            event: columns.with_columns(time=raw(columns["time"])) if columns.n else columns
+            for event, columns in perf.events.items()
+        }
+        return events, int(raw.bound.max())
+    if name not in (None, "CLOCK_MONOTONIC"):
+        raise ClockError(
+            "the recording's clock has no readings in this run",
+            where=str(folder.file(PERF_DATA)),
+            found=str(name),
+            expected=f"CLOCK_MONOTONIC or {RAW_CLOCK} (perf record -k)",
+            do="'rxlab analyze --perf FILE --pcap FILE' aligns it by its packets.",
+        )
+    return perf.events, 0
 
 
 def read_events(path: Path) -> PerfData:

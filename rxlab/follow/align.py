@@ -80,7 +80,7 @@ def align_recordings(
         raise refusal
     pairs, received, mac = best
     clock = _fit(path, received["time"][pairs.packet], pairs, perf_clock == "CLOCK_MONOTONIC")
-    return clock, iface, frozenset({mac})
+    return replace(clock, perf_clock=perf_clock), iface, frozenset({mac})
 
 
 def _busiest_device(events: Mapping[str, Columns]) -> str:

@@ -31,8 +31,9 @@ class ClockMap:
     ----------
     segments : Columns, dims (segment,)
         ``start_real`` (int64 ns of CLOCK_REALTIME; the first is the smallest int64) and ``offset`` (CLOCK_REALTIME -
-        CLOCK_MONOTONIC, int64 ns). Where the map was fitted to packets (`method`) also ``anchor`` (int64 ns of CLOCK_REALTIME
-        at which the offset holds) and ``slope`` (float64, change of the offset per ns).
+        CLOCK_MONOTONIC, int64 ns). Where the clocks drift against each other (`method`) also ``anchor`` (int64 ns of the
+        pcap's clock at which the offset holds) and ``slope`` (float64, change of the offset per ns); with cross-stamps
+        ``bound`` of each segment (int64 ns). With hardware stamps the NIC's clock stands for CLOCK_REALTIME.
     uncertain : int64 array, dims (step, 2), nanoseconds of CLOCK_REALTIME
         The intervals in which a step happened: the offset is unknown there.
     bound_ns : int
@@ -43,11 +44,17 @@ class ClockMap:
         Where the pcap stamp was taken: "bracket", "tap", "nic" or "unknown" (alignment: not one place).
     stamp_evidence : dict
         Fractions behind `stamp_position`.
-    method : {"readings", "brackets", "envelope"}
-        Clock readings; events on both sides of each stamp; or one side only, and then every converted stamp is early by the
-        unknown smallest delay: times are excess over the fastest packet.
+    method : {"readings", "cross_stamps", "brackets", "envelope"}
+        Clock readings; cross-stamps of a NIC's clock; events on both sides of each stamp; or one side only, and then every
+        converted stamp is early by the unknown smallest delay: times are excess over the fastest packet.
     flags : tuple of str
         What is wrong with a fitted map (:class:`rxlab.follow.envelope.Envelope`).
+    perf_clock : str
+        The clock perf recorded with; empty where perf.data does not say (no ``-k``).
+    axis_offset : int or None
+        CLOCK_REALTIME - CLOCK_MONOTONIC where the pcap's clock is another one.
+    leap_s, nic_offset_ns : int or None
+        How far a NIC's clock is ahead of CLOCK_REALTIME: whole seconds (37: TAI), and the rest.
     """
 
     segments: Columns
@@ -58,11 +65,15 @@ class ClockMap:
     stamp_evidence: dict[str, Any] = field(default_factory=dict)
     method: str = "readings"
     flags: tuple[str, ...] = ()
+    perf_clock: str = "CLOCK_MONOTONIC"
+    axis_offset: int | None = None
+    leap_s: int | None = None
+    nic_offset_ns: int | None = None
 
     @property
     def offset_ns(self) -> int:
-        """The one constant of the run's CLOCK_REALTIME axis: the first segment's offset."""
-        return int(self.segments["offset"][0])
+        """The one constant of the run's CLOCK_REALTIME axis: the first segment's offset, unless the NIC's clock stamped."""
+        return int(self.segments["offset"][0]) if self.axis_offset is None else self.axis_offset
 
     def to_monotonic(self, real_ns: np.ndarray) -> np.ndarray:
         """Convert CLOCK_REALTIME ns to CLOCK_MONOTONIC ns; NaT (smallest int64) stays NaT."""

@@ -74,7 +74,7 @@ def order_violations(time: np.ndarray, path_kind: np.ndarray) -> np.ndarray:
         if not len(rows):
             continue
         latest = np.full(len(rows), NAT, np.int64)
-        # The hardware stamp has its own clock and bound; it is judged by clockfit, not here.
+        # The hardware stamp has its own clock and bound; the gate "causal" judges it.
         for name in ORDER[kind][1:]:
             stamp = time[rows, STAGE_INDEX[name]]
             violated[rows] |= (stamp != NAT) & (stamp < latest)

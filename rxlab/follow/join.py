@@ -105,7 +105,8 @@ def join(
     events : mapping of str to Columns
         Tracepoints on CLOCK_MONOTONIC (``perf record -k CLOCK_MONOTONIC``), as :func:`rxlab.read_perfdata` gives them.
     packets : Columns
-        As :func:`rxlab.read_pcap` gives them, with software stamps (CLOCK_REALTIME).
+        As :func:`rxlab.read_pcap` gives them, with software stamps (CLOCK_REALTIME), or with the NIC's where `clock` has
+        cross-stamps: then only those received, for the rest of such a file is on another clock.
     clock : ClockMap
     machine : Machine
     lost : int
@@ -134,6 +135,8 @@ def join(
     payload = np.maximum(received["payload_len"].astype(np.int64), 0)
     taken = consume(events, path, Segments(skb, received["directed_flow"], position, payload, is_tcp, is_udp))
     rows = path.take(skb)
+    if clock.method == "cross_stamps":
+        rows.time[:, STAGE_INDEX["nic"]] = np.where(skb >= 0, stamp, NAT)
     tid, wake = _join_reader(rows, events, path, skb, taken)
     columns = _columns(received, path, skb, tid, wake, rows, events)
     columns = columns.with_columns(position=position, is_data=(payload > 0) & (is_tcp | is_udp))
@@ -219,6 +222,9 @@ def _match(path: KernelPath, received: Columns, stamp: np.ndarray, clock: ClockM
         columns["len"],
     )
     tolerance = max(TOLERANCE_NS, int(clock.bound_ns))
+    if clock.method == "cross_stamps":
+        # The readings say whose stamp it is: however soon the kernel follows, it is the NIC's.
+        position = "nic"
     if position == "bracket":
         low = np.where(has_driver, columns["stamp_low"] - tolerance, rx_time - STALL_NS)
         high = np.where(has_driver, columns["stamp_high"] + tolerance, rx_time + tolerance)
@@ -227,7 +233,8 @@ def _match(path: KernelPath, received: Columns, stamp: np.ndarray, clock: ClockM
         low, high = rx_time - tolerance, _tap_limit(path) + tolerance
         expected = rx_time
     else:
-        low, high, expected = rx_time - STALL_NS, rx_time + tolerance, rx_time
+        first = path.first_event()
+        low, high, expected = first - STALL_NS, first + tolerance, first
     matched = match_packets(stamp, length, low, high, columns["len"], expected)
     found = matched.event >= 0
     residual = stamp[found] - expected[matched.event[found]]
@@ -352,6 +359,9 @@ def _judge(rows: StageTable, columns: Columns, flows: Columns, evidence: Evidenc
     status, drop_reason, reasons_table = give_statuses(rows, columns, required, evidence)
     time_order = ORDER_INDEX[columns["path_kind"]]
     seen = np.take_along_axis(rows.time, time_order, axis=1) != NAT
+    seen[:, 0] = (
+        False  # the NIC's stamp is no stage of the kernel: nic_latency is measured from it, total_latency is not
+    )
     t0 = np.where(seen.any(axis=1), time_order[np.arange(columns.n), seen.argmax(axis=1)], -1).astype(np.int8)
     columns = columns.with_columns(status=status, drop_reason=drop_reason, t0_stage=t0)
     columns.attrs["categories"]["drop_reason"] = reasons_table
@@ -395,6 +405,7 @@ def _gate(joined: Joined, evidence: Evidence) -> None:
         "lost": _violations(evidence.lost),
         # What the fit says of itself: a floor too sparse to carry it, a stamp whose place cannot be known.
         "clock": {**_violations(len(joined.clock.flags)), "flags": list(joined.clock.flags)},
+        "causal": _violations(_late_stamps(joined, evidence)),
         "blind": {
             "ok": True,
             "violations": len(windows),
@@ -422,6 +433,13 @@ def _window_gate(is_data: np.ndarray, names: np.ndarray) -> dict[str, Any]:
     """Judge how many data packets came while perf was not recording: more than the edges of a run says it stopped."""
     outside = int((is_data & (names == "outside_window")).sum())
     return {"ok": outside <= MAX_OUTSIDE * int(is_data.sum()), "violations": outside}
+
+
+def _late_stamps(joined: Joined, evidence: Evidence) -> int:
+    """Count NIC stamps that come after the first event of their own packet: a wrong pair, or a clock beyond its bound."""
+    nic, skb = joined.time[:, STAGE_INDEX["nic"]], evidence.matched.event
+    first = pick(evidence.path.first_event(), skb, NAT)
+    return int(((nic != NAT) & (nic > first + evidence.clock.bound_ns)).sum())
 
 
 def _violations(count: int) -> dict[str, Any]:

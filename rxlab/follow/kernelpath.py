@@ -52,6 +52,12 @@ class KernelPath(StageTable):
 
     columns: Columns
 
+    def first_event(self) -> np.ndarray:
+        """Return each skb's earliest event on the CPU that received it, int64 ns; never one after RPS."""
+        names = ("hardirq", "softirq_raise", "softirq", "driver_rx", "netif_receive_skb")
+        times = self.time[:, [STAGE_INDEX[name] for name in names]]
+        return np.where(times == NAT, _NEVER, times).min(axis=1)
+
 
 def event_columns(events: Mapping[str, Columns], name: str) -> Columns:
     """Return the columns of an event, empty where it was not recorded."""

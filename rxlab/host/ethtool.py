@@ -1,4 +1,4 @@
-"""The ethtool ioctl: driver, features, coalescing, rings, channels, time stamping, statistics of an interface.
+"""The ethtool and time stamping ioctls: driver, features, coalescing, rings, channels, time stamping, statistics of an interface.
 
 In-process, because a command started by a process that is then killed would finish its change after the restore. Layouts:
 include/uapi/linux/ethtool.h. RSS tables are not here (the ``ethtool`` command has them).
@@ -13,6 +13,8 @@ import socket
 import struct
 
 SIOCETHTOOL = 0x8946
+# include/uapi/linux/sockios.h
+SIOCSHWTSTAMP, SIOCGHWTSTAMP = 0x89B0, 0x89B1
 GDRVINFO, GSTRINGS, GSTATS, GSSET_INFO = 0x03, 0x1B, 0x1D, 0x37
 GFEATURES, SFEATURES, GET_TS_INFO = 0x3A, 0x3B, 0x41
 SS_STATS, SS_FEATURES = 1, 4
@@ -85,15 +87,20 @@ CAPABILITIES = [
     "hardware-raw-clock",
 ]
 
+# struct hwtstamp_config, include/uapi/linux/net_tstamp.h: flags, tx_type, rx_filter
+HWTSTAMP_CONFIG = struct.Struct("=iii")
+assert HWTSTAMP_CONFIG.size == 12
+TX_TYPES = ["off", "on", "onestep-sync", "onestep-p2p"]
+
 
 class Ethtool:
     """The interfaces of the calling thread's network namespace. Every method raises OSError with the kernel's answer."""
 
-    def _ioctl(self, iface: str, request: ctypes.Array[ctypes.c_char]) -> int:
+    def _ioctl(self, iface: str, request: ctypes.Array[ctypes.c_char], number: int = SIOCETHTOOL) -> int:
         # struct ifreq: name[16], then a union whose pointer member holds the request
         ifreq = struct.pack("16sP16x", iface.encode(), ctypes.addressof(request))
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-            result = fcntl.ioctl(control, SIOCETHTOOL, ifreq)
+            result = fcntl.ioctl(control, number, ifreq)
         return result if isinstance(result, int) else 0
 
     def driver(self, iface: str) -> dict[str, str]:
@@ -171,6 +178,21 @@ class Ethtool:
             "rx_filters": [name for bit, name in enumerate(RX_FILTERS) if filters >> bit & 1],
         }
 
+    def stamping(self, iface: str) -> str:
+        """Return what the NIC stamps now, ``RX/TX``: ``none/off``, ``all/on``."""
+        request = ctypes.create_string_buffer(HWTSTAMP_CONFIG.size)
+        self._ioctl(iface, request, SIOCGHWTSTAMP)
+        _, tx_type, rx_filter = HWTSTAMP_CONFIG.unpack(request.raw)
+        return f"{RX_FILTERS[rx_filter]}/{TX_TYPES[tx_type]}"
+
+    def set_stamping(self, iface: str, text: str) -> None:
+        """Have the NIC stamp as :meth:`stamping` spells it; the driver may stamp more than was asked."""
+        rx_filter, _, tx_type = text.partition("/")
+        request = ctypes.create_string_buffer(
+            HWTSTAMP_CONFIG.pack(0, TX_TYPES.index(tx_type), RX_FILTERS.index(rx_filter)), HWTSTAMP_CONFIG.size
+        )
+        self._ioctl(iface, request, SIOCSHWTSTAMP)
+
     def statistics(self, iface: str) -> dict[str, int]:
         """Return the driver's own counters (``ethtool -S``); none where the driver has none."""
         try:
@@ -188,5 +210,5 @@ class Ethtool:
 class NoEthtool(Ethtool):
     """A made-up host without devices behind its interfaces."""
 
-    def _ioctl(self, iface: str, request: ctypes.Array[ctypes.c_char]) -> int:
+    def _ioctl(self, iface: str, request: ctypes.Array[ctypes.c_char], number: int = SIOCETHTOOL) -> int:
         raise OSError(errno.EOPNOTSUPP, "no device")

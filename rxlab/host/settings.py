@@ -17,6 +17,7 @@ from typing import Any
 from rxlab.errors import HostSettingError, WrongSettingError
 from rxlab.host.access import HostAccess
 from rxlab.host.cpulist import CPU_INTENTS, format_cpus, online_cpus, parse_cpus
+from rxlab.host.ethtool import RX_FILTERS, TX_TYPES
 from rxlab.host.interrupts import queue_irqs
 
 MAX_INT = 2**31 - 1
@@ -77,6 +78,9 @@ KINDS: dict[str, Kind] = {
     "tx-usecs": Kind("iface", "ethtool:coalesce:tx-usecs", "int", 3, "us between transmit and interrupt"),
     "tx-frames": Kind("iface", "ethtool:coalesce:tx-frames", "int", 3, "transmitted frames per interrupt"),
     "adaptive-rx": Kind("iface", "ethtool:coalesce:adaptive-rx", "switch", 3, "adaptive interrupt moderation"),
+    "stamping": Kind(
+        "iface", "ethtool:hwtstamp:config", "stamping", 4, "hardware time stamps, RX/TX: all/on, none/off"
+    ),
     "gro_flush_timeout": Kind("iface", _net("gro_flush_timeout"), "int", 4, "ns GRO may hold packets over polls"),
     "napi_defer_hard_irqs": Kind(
         "iface", _net("napi_defer_hard_irqs"), "int", 4, "empty polls before the IRQ is enabled"
@@ -195,6 +199,8 @@ class Setting:
         assert self.iface is not None
         if group == "features":
             return str(int(access.call(access.ethtool.features, self.iface)[name]["requested"]))
+        if group == "hwtstamp":
+            return access.call(access.ethtool.stamping, self.iface)
         return str(access.call(access.ethtool.get, self.iface, group)[name])
 
     def _write(self, access: HostAccess, raw: str) -> None:
@@ -206,6 +212,8 @@ class Setting:
         assert self.iface is not None
         if group == "features":
             access.call(access.ethtool.set_feature, self.iface, name, raw == "1")
+        elif group == "hwtstamp":
+            access.call(access.ethtool.set_stamping, self.iface, raw)
         else:
             access.call(access.ethtool.set, self.iface, group, name, int(raw))
 
@@ -335,6 +343,12 @@ def canonical_value(key: str, text: str, cpus: Iterable[int] | None) -> str:
         if not number.isascii() or not number.isdigit() or int(number) > MAX_INT:
             raise wrong(f"an integer from 0 to {MAX_INT} ({kind.what})")
         return str(int(number))
+    if kind.value == "stamping":
+        rx_filter, _, tx_type = text.lower().partition("/")
+        tx_type = tx_type or ("off" if rx_filter == "none" else "on")
+        if rx_filter not in RX_FILTERS or tx_type not in TX_TYPES:
+            raise wrong(f"RX/TX, RX one of {', '.join(RX_FILTERS)}, TX one of {', '.join(TX_TYPES)}")
+        return f"{rx_filter}/{tx_type}"
     if not text.isidentifier():
         raise wrong("one word")
     return text

@@ -23,7 +23,9 @@ from rxlab.errors import CaptureError, RxlabError, UsageError
 from rxlab.host.clockread import ClockSampler
 from rxlab.host.counters import difference, read_counters
 from rxlab.host.journal import Transaction, apply
+from rxlab.host.phc import PtpClock
 from rxlab.host.topology import local_identity, snapshot_host
+from rxlab.record.nicstamps import nic_stamps
 from rxlab.record.pcaprecord import PcapRecorder
 from rxlab.record.perfrecord import DEFAULT_PAGES, PerfRecorder, pages_within
 from rxlab.record.recording import ARM_OF, DEFAULT_MIN_FREE, DEFAULT_SNAPLEN, Recording, check_cpus, check_tools
@@ -90,6 +92,8 @@ def capture(
     min_free: int = DEFAULT_MIN_FREE,
     idle: str = "auto",
     idle_task_is_blind: bool | None = None,
+    stamps: str = "software",
+    perf_clock: str = "CLOCK_MONOTONIC",
     event_filters: Mapping[str, str] | None = None,
     configuration: Mapping[str, Any] | None = None,
     sweep: Mapping[str, Any] | None = None,
@@ -125,6 +129,11 @@ def capture(
         the disk, both with what perf's ring buffers can still hold. 0 for `min_free` does not look.
     idle : {"auto", "spin", "off"}
         Spinners (record/spinner.py); "auto" runs them unless `idle_task_is_blind` is False (what doctor's check found).
+    stamps : {"software", "nic"}
+        Which clock stamps received packets; "nic" has the NIC stamp them, takes cross-stamps of its clock, and puts its
+        stamping back afterwards.
+    perf_clock : {"CLOCK_MONOTONIC", "CLOCK_MONOTONIC_RAW"}
+        What perf stamps events by.
     event_filters : mapping, optional
         Tracepoint filters beside those of :data:`rxlab.stages.EVENT_FILTERS`, by event name.
     configuration : mapping, optional
@@ -149,7 +158,18 @@ def capture(
     if events not in ARM_OF:
         raise UsageError(f"unknown event preset {events!r}", expected=", ".join(ARM_OF))
     recording = Recording(
-        ARM_OF[events], filter, snaplen, cpus, pages, max_size, min_free, idle, idle_task_is_blind, event_filters or {}
+        ARM_OF[events],
+        filter,
+        snaplen,
+        cpus,
+        pages,
+        max_size,
+        min_free,
+        idle,
+        idle_task_is_blind,
+        event_filters or {},
+        stamps,
+        perf_clock,
     )
     if duration is not None and not 0 < duration < math.inf:
         raise UsageError("not a duration", found=f"{duration:g} s", expected="seconds above 0")
@@ -221,6 +241,7 @@ def first_record(
         "local_macs": macs,
         "local_addresses": addresses,
         "arm": recording.arm,
+        "stamps": recording.stamps,
         "workload": load.describe() if load is not None else None,
         "configuration": {},
         "start_ns": time.time_ns(),
@@ -257,7 +278,9 @@ def record(
         if session.recording.spins:
             spinners = start_spinners(all_cpus(), session.transaction.start_process)
             stack.callback(stop_spinners, spinners)
-        with counted(session), clocked(session):
+        has_nic_stamps = session.recording.has_nic_stamps
+        clock = stack.enter_context(nic_stamps(dst, session.transaction)) if has_nic_stamps else None
+        with counted(session), clocked(session, clock):
             start_recorders(session)
             session.run["start_ns"] = time.time_ns()
             session.save()
@@ -305,13 +328,15 @@ def counted(session: Session) -> Iterator[None]:
 
 
 @contextmanager
-def clocked(session: Session) -> Iterator[None]:
+def clocked(session: Session, clock: PtpClock | None = None) -> Iterator[None]:
     """Read the clocks before, ten times a second during, and after."""
-    sampler = ClockSampler()
+    sampler = ClockSampler(phc=clock)
     try:
         with sampler:
             yield
     finally:
+        if sampler.failure is not None:
+            session.problem(sampler.failure)
         keep(session, CLOCK_JSON, sampler.to_json())
 
 
@@ -334,6 +359,7 @@ def start_recorders(session: Session) -> None:
             session.dst.netns,
             recording.capture_filter,
             recording.snaplen,
+            recording.has_nic_stamps,
             start_process,
         )
         session.pcap.start()
@@ -346,6 +372,7 @@ def start_recorders(session: Session) -> None:
             recording.cpus,
             start_process,
             extra_filters=recording.event_filters,
+            clock=recording.perf_clock,
         )
         session.perf.start()
 

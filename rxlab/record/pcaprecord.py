@@ -29,6 +29,8 @@ RECEIVED = re.compile(r"(\d+) packets? received by filter")
 NOT_A_FILTER = re.compile(
     r"filter expression|unknown (?:host|port|network|protocol|ether)|illegal (?:qualifier|token|port|char)"
 )
+NO_NIC_STAMPS = re.compile(r".*(?:time ?stamp type|type of time ?stamp).*", re.IGNORECASE)
+SOFTWARE_STAMPS = "Record with software stamps (--stamps software); 'ethtool -T IFACE' says what the NIC stamps."
 DROPPED = re.compile(r"(\d+) packets? dropped by (?:kernel|interface)")
 
 
@@ -47,6 +49,8 @@ class PcapRecorder:
         BPF filter expression.
     snaplen : int
         Bytes kept of each packet.
+    has_nic_stamps : bool
+        Received packets are stamped by the NIC's clock; those sent still by CLOCK_REALTIME (libpcap issues 999 and 1701).
     start_process : callable
         ``subprocess.Popen`` or :meth:`rxlab.host.journal.Transaction.start_process`.
     """
@@ -56,6 +60,7 @@ class PcapRecorder:
     netns: str | None = None
     capture_filter: str | None = None
     snaplen: int = 192
+    has_nic_stamps: bool = False
     start_process: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen
     process: subprocess.Popen[bytes] | None = None
     output: str = ""
@@ -72,6 +77,7 @@ class PcapRecorder:
         argv = ["tcpdump", "-i", self.iface, "-n", "-s", str(self.snaplen), "-w", str(self.path), "-B", str(BUFFER_KIB)]
         # Without immediate mode packets wait in the ring's block: a SIGINT after a burst gave "0 captured, 200 received".
         argv += ["--immediate-mode", "--time-stamp-precision=nano"]
+        argv += ["-j", "adapter_unsynced"] if self.has_nic_stamps else []
         # Root would become the user tcpdump, who cannot write into a directory of mode 0700.
         argv += ["-Z", "root"] if os.geteuid() == 0 else []
         return in_netns(self.netns, argv + ([self.capture_filter] if self.capture_filter else []))
@@ -103,6 +109,16 @@ class PcapRecorder:
                 found=last_message(self.output),
                 expected="'listening on ...'",
                 do="Run 'rxlab doctor'.",
+            )
+
+        if self.has_nic_stamps and (refused := NO_NIC_STAMPS.search(self.output)):
+            # libpcap then falls back to the system's stamps with no more than a warning.
+            self.kill()
+            raise CaptureError(
+                "the NIC does not stamp every packet",
+                where=self.iface,
+                found=refused.group(0).strip(),
+                do=SOFTWARE_STAMPS,
             )
 
     def _read_until(self, pattern: re.Pattern[str], timeout: float, since: int = 0) -> bool:

@@ -104,6 +104,8 @@ class PerfRecorder:
         CPU list to record on; None: all.
     extra_filters : mapping
         Filters beside those of :data:`rxlab.stages.EVENT_FILTERS`.
+    clock : str
+        What perf stamps events by (``-k``).
     start_process : callable
         ``subprocess.Popen`` or :meth:`rxlab.host.journal.Transaction.start_process`.
     """
@@ -114,6 +116,7 @@ class PerfRecorder:
     cpus: str | None = None
     start_process: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen
     extra_filters: Mapping[str, str] = field(default_factory=dict)
+    clock: str = "CLOCK_MONOTONIC"
     missing_events: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     filters: dict[str, str] = field(default_factory=dict)
@@ -139,7 +142,7 @@ class PerfRecorder:
     def argv(self) -> list[str]:
         """Return the command line."""
         control, ack = self._fifos
-        argv = ["perf", "record", "-a", "-k", "CLOCK_MONOTONIC", "-D", "-1", "--control", f"fifo:{control},{ack}"]
+        argv = ["perf", "record", "-a", "-k", self.clock, "-D", "-1", "--control", f"fifo:{control},{ack}"]
         argv += ["-m", str(self.pages), "-c", "1", "-B", "-N", "-o", str(self.path)]
         argv += ["-C", self.cpus] if self.cpus else []
         for event in self.events:

@@ -18,6 +18,9 @@ ARM_OF = {"none": "untraced", **{arm: arm for arm in ARMS}}
 DEFAULT_SNAPLEN = 192
 DEFAULT_MIN_FREE = 256 << 20
 IDLE_CHOICES = ("auto", "spin", "off")
+STAMPS = ("software", "nic")
+# Only CLOCK_MONOTONIC needs no drift model; the other is converted by readings (clock.json).
+PERF_CLOCKS = ("CLOCK_MONOTONIC", "CLOCK_MONOTONIC_RAW")
 
 
 @dataclass(frozen=True)
@@ -34,17 +37,28 @@ class Recording:
     idle: str = "auto"
     idle_task_is_blind: bool | None = None
     event_filters: Mapping[str, str] = field(default_factory=dict)
+    stamps: str = "software"
+    perf_clock: str = "CLOCK_MONOTONIC"
 
     def __post_init__(self) -> None:
         if self.arm not in ARMS:
             raise UsageError(f"unknown event preset {self.arm!r}", expected=", ".join(ARM_OF))
         if self.idle not in IDLE_CHOICES:
             raise UsageError(f"unknown idle choice {self.idle!r}", expected=", ".join(IDLE_CHOICES))
+        if self.stamps not in STAMPS:
+            raise UsageError(f"unknown stamps {self.stamps!r}", expected=", ".join(STAMPS))
+        if self.perf_clock not in PERF_CLOCKS:
+            raise UsageError(f"not a clock for perf: {self.perf_clock!r}", expected=", ".join(PERF_CLOCKS))
 
     @property
     def has_pcap(self) -> bool:
         """Tell whether tcpdump runs."""
         return self.arm != "untraced"
+
+    @property
+    def has_nic_stamps(self) -> bool:
+        """Tell whether tcpdump takes the NIC's stamps."""
+        return self.has_pcap and self.stamps == "nic"
 
     @property
     def events(self) -> tuple[str, ...]:
