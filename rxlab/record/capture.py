@@ -26,7 +26,7 @@ from rxlab.host.journal import Transaction, apply
 from rxlab.host.phc import PtpClock
 from rxlab.host.topology import local_identity, snapshot_host
 from rxlab.record.nicstamps import nic_stamps
-from rxlab.record.pcaprecord import PcapRecorder
+from rxlab.record.pcaprecord import PcapRecorder, pcap_problems
 from rxlab.record.perfrecord import DEFAULT_PAGES, PerfRecorder, pages_within
 from rxlab.record.recording import ARM_OF, DEFAULT_MIN_FREE, DEFAULT_SNAPLEN, Recording, check_cpus, check_tools
 from rxlab.record.runfolder import drop_recordings, give_to_invoker, make_folder, release_space, reserve_space
@@ -434,20 +434,6 @@ def stop_recorders(session: Session) -> None:
     if session.pcap is not None and session.pcap.process is not None:
         result = session.run["tcpdump"] = session.pcap.stop()
         session.run["problems"] += pcap_problems(result)
-
-
-def pcap_problems(result: Mapping[str, Any]) -> list[str]:
-    """Say what is wrong with what tcpdump reports."""
-    problems = []
-    if result["exit_code"] != 0:
-        problems.append(f"tcpdump ended with status {result['exit_code']}: {result['stderr']}")
-    if result["dropped"]:
-        problems.append(f"tcpdump: {result['dropped']} packets dropped by the kernel")
-    fence = result["fence"]
-    # Live traffic goes on while tcpdump is stopped, so its last numbers may differ; what matters was taken at the fence.
-    if not fence or fence["captured"] < fence["received"]:
-        problems.append(f"tcpdump did not take every packet: {fence or 'it gave no numbers'}")
-    return problems
 
 
 def command_line() -> list[str]:

@@ -8,7 +8,7 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -212,6 +212,20 @@ class PcapRecorder:
             if self.process.poll() is None:
                 self.process.kill()
             self._reap()
+
+
+def pcap_problems(result: Mapping[str, Any]) -> list[str]:
+    """Say what is wrong with what tcpdump reports."""
+    problems = []
+    if result["exit_code"] != 0:
+        problems.append(f"tcpdump ended with status {result['exit_code']}: {result['stderr']}")
+    if result["dropped"]:
+        problems.append(f"tcpdump: {result['dropped']} packets dropped by the kernel")
+    fence = result["fence"]
+    # Live traffic goes on while tcpdump is stopped, so its last numbers may differ; what matters was taken at the fence.
+    if not fence or fence["captured"] < fence["received"]:
+        problems.append(f"tcpdump did not take every packet: {fence or 'it gave no numbers'}")
+    return problems
 
 
 def last_message(output: str) -> str:
