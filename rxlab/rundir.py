@@ -20,7 +20,7 @@ A run directory is what capture leaves and analysis reads; nothing else passes b
 ``clock.json``
     ``{"schema_version", "readings": [{"when": "before"|"during"|"after", "mono_before", "real", "mono_after", "raw_before", "raw",
     "raw_after"}]}``: CLOCK_REALTIME, and CLOCK_MONOTONIC_RAW, each between two readings of CLOCK_MONOTONIC, the narrowest of
-    16, int ns (before rxlab 0.2 ``raw`` alone, read right after ``mono_after``). With hardware stamps also ``"phc": [{"when",
+    16, int ns (the oldest runs have ``raw`` alone, read right after ``mono_after``). With hardware stamps also ``"phc": [{"when",
     "phc", "index", "method": "precise"|"extended"|"plain", "clock": "raw"|"real", "before", "after"}]``: the NIC's clock
     between two readings of `clock`.
 ``counters.json``
