@@ -93,6 +93,9 @@ def capture(
     snaplen: Annotated[int, typer.Option(min=64, help="Bytes of each packet kept; headers only by default.")] = 192,
     stamps: Annotated[str, typer.Option(help="Who stamps received packets: software (tcpdump's) or nic.")] = "software",
     max_size: Annotated[str | None, typer.Option(help="Stop as partial beyond this size, e.g. 2G.")] = None,
+    functions: Annotated[
+        str | None, typer.Option(help="Also log these kernel functions by ftrace, e.g. 'tcp_*,ipv4_*,*socket*'.")
+    ] = None,
     idle: Idle = "auto",
     settings: Set = None,
     allow: Allow = False,
@@ -113,7 +116,7 @@ def capture(
     as_json: Json = False,
 ) -> None:
     """Record one run: kernel events, packets, clocks, counters, host."""
-    from rxlab.pipeline import flow_filter, parse_size, record_run
+    from rxlab.pipeline import flow_filter, function_patterns, parse_size, record_run
 
     load = {
         "proto": proto, "family": family, "messages": messages, "size": size, "flows": flows, "mode": mode, "rate": rate,
@@ -144,6 +147,7 @@ def capture(
             stamps=stamps,
             max_size=parse_size(max_size),
             idle=idle,
+            functions=function_patterns(functions),
             progress=progress,
         )
     if as_json:

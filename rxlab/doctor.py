@@ -16,6 +16,7 @@ from typing import Any
 from rxlab import stages
 from rxlab.errors import CaptureError, RxlabError
 from rxlab.host.access import HostAccess
+from rxlab.host.functiontrace import function_tracing_lack
 from rxlab.host.idlecheck import check_idle_task
 from rxlab.host.journalfile import default_journal_dir
 from rxlab.host.tools import find_tool
@@ -134,6 +135,7 @@ def examine(iface: str | None = None, netns: str | None = None, *, idle_seconds:
         _check_tools,
         _check_permissions,
         _check_events,
+        _check_functions,
         _check_host,
         lambda: _check_settings(netns),
     ]
@@ -263,6 +265,14 @@ def _check_events() -> list[Check]:
             asdict(report),
         )
     ]
+
+
+def _check_functions() -> list[Check]:
+    lack = function_tracing_lack()
+    if lack is None:
+        return [Check("function log", "ok", "capture --functions works")]
+    do = "Only capture --functions needs it"
+    return [Check("function log", "warn", f"cannot be recorded: {lack}", do)]
 
 
 def _check_idle(seconds: float) -> Check:

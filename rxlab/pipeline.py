@@ -45,6 +45,13 @@ def flow_filter(bpf: str | None, flow: str | None) -> str | None:
     return " and ".join(parts + ([f"({bpf})"] if bpf else []))
 
 
+def function_patterns(text: str | None) -> tuple[str, ...]:
+    """Return the patterns of ``--functions``; none without it."""
+    from rxlab.record.functionrecord import parse_functions
+
+    return parse_functions(text) if text is not None else ()
+
+
 def parse_size(text: str | None) -> int | None:
     """Return bytes from text like ``500M`` or ``2G`` (powers of 1024)."""
     if text is None:

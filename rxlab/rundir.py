@@ -7,7 +7,8 @@ A run directory is what capture leaves and analysis reads; nothing else passes b
     "testbed": {...}|null, "iface", "netns": path|null, "local_macs": [str], "local_addresses": [str],
     "arm": "untraced"|"pcap"|"min"|"std"|"full", "stamps": "software"|"nic", "workload": {"name", "proto", ...}|null, "configuration": {setting: value},
     "start_ns", "stop_ns" (CLOCK_REALTIME), "perf": {"version", "argv", "exit_code", "events": [str], "missing_events": [str],
-    "filters": {event: expression}, "pages", "stderr", "lost": int|null}|null, "tcpdump": {"version", "argv", "exit_code",
+    "filters": {event: expression}, "pages", "stderr", "lost": int|null}|null,
+    "functions": {"patterns", "missing_patterns": [str], "clock", "calls", "lost": int}|null, "tcpdump": {"version", "argv", "exit_code",
     "captured", "received", "dropped", "fence": {"captured", "received"}, "copies", "stderr"}|null, "idle": {"asked",
     "spinners": bool}, "sweep": {"cell", "repetition", "labels"}|null, "asked": {...}, "got": {"settings", "restored": bool, ...}}``.
     ``fence`` are tcpdump's counts when every packet of the traffic was written; on live traffic more may come until it
@@ -27,6 +28,8 @@ A run directory is what capture leaves and analysis reads; nothing else passes b
     ``{"schema_version", "before": {...}, "after": {...}, "difference": {...}}`` with keys ``interrupts`` {irq: {"label", "cpus": [n]}},
     ``softirqs`` {name: [n]}, ``softnet_stat`` [{"cpu", "processed", "dropped", "time_squeeze", "received_rps", ...}],
     ``cpu_time_ns`` [{"cpu", "user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal"}], ``nstat`` {name: n}, ``ethtool`` {iface: {name: n}}.
+``functions.log``
+    text of the kernel's function tracer, where ``--functions`` asked for it: CLOCK_MONOTONIC, to the microsecond.
 ``perf.data``, ``rx.pcap`` (or ``rx.pcapng``)
     as written by perf and tcpdump.
 ``run.nc``, ``verify.json``
@@ -57,6 +60,7 @@ CLOCK_JSON = "clock.json"
 COUNTERS_JSON = "counters.json"
 PERF_DATA = "perf.data"
 PCAP = "rx.pcap"
+FUNCTIONS_LOG = "functions.log"
 APP_LOG = "app.log"
 CLIENT_LOG = "client.log"
 DATASET = "run.nc"

@@ -6,7 +6,7 @@ block restores; if this process dies first, a watchdog process does; if that die
 The journal is one file per transaction of JSON lines, only appended to. Its lock (flock) is shared with the watchdog, so a
 journal whose lock is free belongs to nobody and may be undone, and one whose lock is held is never touched. Records:
 ``header``, ``claim`` (what it reserves: "host" or "testbed NAME"), ``change`` (snapshot), ``applied`` (values read back),
-``restored``, ``namespace``, ``link``, ``process``, ``closed``.
+``restored``, ``namespace``, ``link``, ``instance`` (of tracefs), ``process``, ``closed``.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 
 from rxlab.errors import HostSettingError
 from rxlab.host.access import HostAccess, netns_path
+from rxlab.host.functiontrace import tracefs_root
 from rxlab.host.guard import check_allowed
 from rxlab.host.journalfile import (
     SUFFIX,
@@ -45,6 +46,7 @@ from rxlab.host.undo import (
     RestoreReport,
     interrupt_later,
     process_start,
+    remove_instances,
     remove_namespaces,
     restore_change,
     stop_processes,
@@ -75,16 +77,17 @@ class Transaction:
         self._folder, self._testbed, self._access_of = folder, testbed, AccessCache(open_access)
         self._namespaces: list[str] = []
         self._links: list[str] = []
+        self._instances: list[str] = []
         self._processes: list[tuple[int, int]] = []
         self._children: list[subprocess.Popen[Any]] = []
         self._n_changes, self._claims = 0, set[str]()
         self._watchdog: subprocess.Popen[bytes] | None = None
-        root = str(self._access_of(None).root)
+        self._root = self._access_of(None).root
         with folder_lock(folder):
             self._path = folder / (self.id + SUFFIX)
             self._file = create_journal(self._path)
             owner = {"pid": os.getpid(), "start": process_start(os.getpid()), "command": sys.argv}
-            self._append({"kind": "header", "id": self.id, "boot_id": boot_id(), "root": root, **owner})
+            self._append({"kind": "header", "id": self.id, "boot_id": boot_id(), "root": str(self._root), **owner})
             try:
                 if testbed is not None:
                     self._claim(f"testbed {testbed}")
@@ -211,6 +214,14 @@ class Transaction:
         self._links.append(name)
         self._append({"kind": "link", "name": name})
 
+    def register_instance(self, name: str) -> None:
+        """Remember an instance of tracefs, *before* it is made."""
+        folder = tracefs_root(self._root)
+        if folder is not None and (folder / "instances" / name).exists():
+            raise HostSettingError("tracefs instance exists already", where=name, do="Record again: names are random.")
+        self._instances.append(name)
+        self._append({"kind": "instance", "name": name})
+
     def register_process(self, pid: int) -> None:
         """Remember a helper process, to be stopped when the transaction ends or its owner dies."""
         start = process_start(pid)
@@ -245,6 +256,7 @@ class Transaction:
             for child in self._children:
                 child.poll()
             remove_namespaces(self._namespaces, self._links, report)
+            remove_instances(self._instances, self._root, report)
             _merge(self.report, report)
             if self.report.ok:
                 with suppress(HostSettingError):  # a full disk: the file goes anyway
@@ -438,6 +450,7 @@ def undo(records: list[Record], path: Path) -> RestoreReport:
     for _ in range(2):  # a command of the dead owner may have made a namespace while the first round ran
         report.processes += stop_processes(processes, header["id"], namespaces)
         remove_namespaces(namespaces, named(records, "link"), report)
+    remove_instances(named(records, "instance"), root, report)
     if report.ok:
         path.unlink(missing_ok=True)
     return report

@@ -21,6 +21,7 @@ from typing import Any
 
 from rxlab.errors import HostSettingError, RxlabError
 from rxlab.host.access import HostAccess, netns_path
+from rxlab.host.functiontrace import remove_instance
 from rxlab.host.settings import Setting
 
 # In the environment of every process a transaction starts, and so of what those start.
@@ -255,6 +256,15 @@ def remove_namespaces(names: Iterable[str], links: Iterable[str], report: Restor
     for link in links:
         if Path("/sys/class/net", link).exists():
             _ip(["link", "delete", link], report)
+
+
+def remove_instances(names: Iterable[str], root: Path, report: RestoreReport) -> None:
+    """Remove tracefs instances in which functions were traced; those already gone are fine."""
+    for name in names:
+        try:
+            remove_instance(name, root)
+        except OSError as error:
+            report.failed.append(f"tracefs instance {name}: {error.strerror}")
 
 
 def _ip(arguments: list[str], report: RestoreReport) -> None:

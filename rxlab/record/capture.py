@@ -19,23 +19,25 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rxlab.errors import CaptureError, RxlabError, UsageError
+from rxlab.errors import RxlabError, UsageError
 from rxlab.host.clockread import ClockSampler
 from rxlab.host.counters import difference, read_counters
 from rxlab.host.journal import Transaction, apply
 from rxlab.host.phc import PtpClock
 from rxlab.host.topology import local_identity, snapshot_host
+from rxlab.record.functionrecord import FunctionRecorder
 from rxlab.record.nicstamps import nic_stamps
 from rxlab.record.pcaprecord import PcapRecorder, pcap_problems
 from rxlab.record.perfrecord import DEFAULT_PAGES, PerfRecorder, pages_within
 from rxlab.record.recording import ARM_OF, DEFAULT_MIN_FREE, DEFAULT_SNAPLEN, Recording, check_cpus, check_tools
 from rxlab.record.runfolder import drop_recordings, give_to_invoker, make_folder, release_space, reserve_space
 from rxlab.record.spinner import all_cpus, start_spinners, stop_spinners
-from rxlab.record.testbed import NETNS_FOLDER, Endpoint, Testbed
+from rxlab.record.testbed import NETNS_FOLDER, Endpoint, Testbed, endpoint_of, sender_of
 from rxlab.record.workload import COMMAND_LOG, Command, Traffic, Workload, last_line, open_traffic
 from rxlab.rundir import (
     CLOCK_JSON,
     COUNTERS_JSON,
+    FUNCTIONS_LOG,
     HOST_JSON,
     PCAP,
     PERF_DATA,
@@ -59,6 +61,7 @@ class Session:
     transaction: Transaction
     pcap: PcapRecorder | None = None
     perf: PerfRecorder | None = None
+    functions: FunctionRecorder | None = None
     traffic: Traffic | None = None
     has_begun: bool = False
     stopped_early: list[str] = field(default_factory=list)
@@ -94,6 +97,7 @@ def capture(
     idle_task_is_blind: bool | None = None,
     stamps: str = "software",
     perf_clock: str = "CLOCK_MONOTONIC",
+    functions: Sequence[str] = (),
     event_filters: Mapping[str, str] | None = None,
     configuration: Mapping[str, Any] | None = None,
     sweep: Mapping[str, Any] | None = None,
@@ -134,6 +138,8 @@ def capture(
         stamping back afterwards.
     perf_clock : {"CLOCK_MONOTONIC", "CLOCK_MONOTONIC_RAW"}
         What perf stamps events by.
+    functions : sequence of str
+        Patterns of kernel functions to log beside (record/functionrecord.py); it slows the path down, like any tracing.
     event_filters : mapping, optional
         Tracepoint filters beside those of :data:`rxlab.stages.EVENT_FILTERS`, by event name.
     configuration : mapping, optional
@@ -170,6 +176,7 @@ def capture(
         event_filters or {},
         stamps,
         perf_clock,
+        tuple(functions),
     )
     if duration is not None and not 0 < duration < math.inf:
         raise UsageError("not a duration", found=f"{duration:g} s", expected="seconds above 0")
@@ -202,26 +209,6 @@ def capture(
     return open_rundir(folder)
 
 
-def endpoint_of(iface: str | None, netns: str | None) -> Endpoint:
-    """Describe an interface of this machine, with its first address of each family."""
-    if iface is None:
-        raise UsageError("no interface to capture on", expected="--iface IF or --testbed")
-    name = Path(netns).name if netns else None
-    _, addresses = local_identity(iface, name)
-    if not addresses and not (Path("/sys/class/net") / iface).exists() and name is None:
-        raise CaptureError("no such interface", where=iface, do="'ip -br link' lists them.")
-    ipv4 = next((address for address in addresses if ":" not in address), None)
-    ipv6 = next((address for address in addresses if ":" in address and not address.startswith("fe80")), None)
-    return Endpoint(name, iface, ipv4, ipv6)
-
-
-def sender_of(testbed: Testbed | None, dst: Endpoint) -> Endpoint | None:
-    """Return where the workload's client runs; None when only a remote host can be meant."""
-    if testbed is not None:
-        return testbed.src
-    return dst if dst.iface == "lo" else None
-
-
 def first_record(
     recording: Recording,
     dst: Endpoint,
@@ -247,6 +234,7 @@ def first_record(
         "start_ns": time.time_ns(),
         "stop_ns": None,
         "perf": None,
+        "functions": None,
         "tcpdump": None,
         "idle": {"asked": recording.idle, "spinners": recording.spins},
         "asked": {
@@ -258,6 +246,7 @@ def first_record(
             "max_size": recording.max_size,
             "min_free": recording.min_free,
             "duration": duration,
+            "functions": list(recording.functions),
         },
         "got": {},
     }
@@ -350,7 +339,7 @@ def keep(session: Session, name: str, content: dict[str, Any]) -> None:
 
 
 def start_recorders(session: Session) -> None:
-    """Start tcpdump and perf and return when both record."""
+    """Start tcpdump, perf and the function log, and return when all record."""
     recording, start_process = session.recording, session.transaction.start_process
     if recording.has_pcap:
         session.pcap = PcapRecorder(
@@ -375,6 +364,10 @@ def start_recorders(session: Session) -> None:
             clock=recording.perf_clock,
         )
         session.perf.start()
+    if recording.functions:
+        log, register = session.out / FUNCTIONS_LOG, session.transaction.register_instance
+        session.functions = FunctionRecorder(log, recording.functions, register)
+        session.functions.start()
 
 
 def run_traffic(session: Session, duration: float | None, progress: Callable[[float], None] | None) -> None:
@@ -424,7 +417,10 @@ def limit_reached(session: Session) -> str | None:
 
 
 def stop_recorders(session: Session) -> None:
-    """Stop perf, then tcpdump, and note what each got."""
+    """Stop the function log, perf, then tcpdump, and note what each got."""
+    if session.functions is not None and session.functions.is_on:
+        session.run["functions"] = session.functions.stop()
+        session.run["problems"] += session.functions.problems
     # tcpdump first takes what it has received: perf still records meanwhile, so no packet of the pcap lacks its events.
     if session.pcap is not None:
         session.pcap.drain()

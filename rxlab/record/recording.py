@@ -10,6 +10,7 @@ from rxlab.errors import CaptureError, UsageError
 from rxlab.host.access import HostAccess
 from rxlab.host.cpulist import format_cpus, online_cpus, parse_cpus
 from rxlab.host.tools import find_tool
+from rxlab.record.functionrecord import check_functions
 from rxlab.record.perfrecord import DEFAULT_PAGES, tracing_folder
 from rxlab.rundir import ARMS
 
@@ -39,6 +40,7 @@ class Recording:
     event_filters: Mapping[str, str] = field(default_factory=dict)
     stamps: str = "software"
     perf_clock: str = "CLOCK_MONOTONIC"
+    functions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.arm not in ARMS:
@@ -97,3 +99,5 @@ def check_tools(recording: Recording) -> None:
         raise CaptureError(f"not installed: {', '.join(missing)}", do="Run 'rxlab doctor' for the command that helps.")
     if recording.events:
         tracing_folder()
+    if recording.functions:
+        check_functions()

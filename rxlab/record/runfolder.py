@@ -12,6 +12,7 @@ from rxlab.rundir import (
     CLIENT_LOG,
     CLOCK_JSON,
     COUNTERS_JSON,
+    FUNCTIONS_LOG,
     HOST_JSON,
     PCAP,
     PERF_DATA,
@@ -21,7 +22,7 @@ from rxlab.rundir import (
 
 RESERVE = ".reserve"
 RESERVE_BYTES = 1 << 20
-RECORDINGS = (PERF_DATA, PCAP, APP_LOG, CLIENT_LOG)
+RECORDINGS = (PERF_DATA, PCAP, FUNCTIONS_LOG, APP_LOG, CLIENT_LOG)
 
 
 def make_folder(out: Path) -> Path:

@@ -16,7 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from rxlab.errors import CaptureError
+from rxlab.errors import CaptureError, UsageError
+from rxlab.host.topology import local_identity
 from rxlab.host.undo import interrupt_later
 
 NETNS_FOLDER = Path("/run/netns")
@@ -209,3 +210,23 @@ def run_checked(argv: Sequence[str], *, stdin: str | None = None, environment: M
             do="Run 'rxlab doctor' to see what this host lacks.",
         )
     return finished.stdout
+
+
+def endpoint_of(iface: str | None, netns: str | None) -> Endpoint:
+    """Describe an interface of this machine, with its first address of each family."""
+    if iface is None:
+        raise UsageError("no interface to capture on", expected="--iface IF or --testbed")
+    name = Path(netns).name if netns else None
+    _, addresses = local_identity(iface, name)
+    if not addresses and not (Path("/sys/class/net") / iface).exists() and name is None:
+        raise CaptureError("no such interface", where=iface, do="'ip -br link' lists them.")
+    ipv4 = next((address for address in addresses if ":" not in address), None)
+    ipv6 = next((address for address in addresses if ":" in address and not address.startswith("fe80")), None)
+    return Endpoint(name, iface, ipv4, ipv6)
+
+
+def sender_of(testbed: Testbed | None, dst: Endpoint) -> Endpoint | None:
+    """Return where the workload's client runs; None when only a remote host can be meant."""
+    if testbed is not None:
+        return testbed.src
+    return dst if dst.iface == "lo" else None

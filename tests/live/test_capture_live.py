@@ -15,8 +15,11 @@ import numpy as np
 import pytest
 
 from rxlab import rundir, stages
+from rxlab.errors import CaptureError
+from rxlab.host.functiontrace import function_tracing_lack, tracefs_root
 from rxlab.host.journal import Transaction
 from rxlab.host.settings import parse_settings
+from rxlab.read.tracetext import read_function_log
 from rxlab.record.capture import capture
 from rxlab.record.perfrecord import split_events
 from rxlab.record.sweep import sweep
@@ -302,3 +305,23 @@ def test_a_full_disk_is_marked_and_what_was_written_stays(
         ["tcpdump", "-n", "-r", str(run.file(rundir.PCAP))], capture_output=True, text=True, check=False
     )
     assert len(whole.stdout.splitlines()) > 100
+
+
+def test_a_function_log_is_recorded_or_refused_with_the_reason(
+    tmp_path: Path, testbed: Testbed, journal: Transaction
+) -> None:
+    """Where the kernel refuses (lockdown, as on most secure-boot machines), nothing is left behind; tests/vm has one that does not."""
+    instances = set((tracefs_root() or tmp_path).glob("instances/*"))
+    options = {"testbed": testbed, "workload": Workload(messages=50), "transaction": journal}
+    if lack := function_tracing_lack():
+        with pytest.raises(CaptureError, match=re.escape(lack)):
+            capture(tmp_path / "run", functions=["tcp_*"], **options)
+        assert not (tmp_path / "run").exists()
+    else:
+        run = capture(tmp_path / "run", functions=["tcp_*"], **options)
+        calls = read_function_log(run.file(rundir.FUNCTIONS_LOG))
+        names = [calls.attrs["categories"]["function"][code] for code in calls["function"]]
+        # the log's own judges: the kernel's count of entries, and one receive call per message of the server
+        assert calls.n == run.run["functions"]["calls"]
+        assert names.count("tcp_recvmsg") >= 50
+    assert set((tracefs_root() or tmp_path).glob("instances/*")) == instances
