@@ -40,7 +40,14 @@ Allow = Annotated[
 YesNic = Annotated[
     bool, typer.Option("--yes-this-nic", help="Even on the interface this session or the default route uses.")
 ]
-Testbed = Annotated[bool, typer.Option("--testbed", help="Use the embedded testbed: two namespaces and a veth pair.")]
+Testbed = Annotated[
+    str | None,
+    typer.Option(
+        "--testbed",
+        metavar="[ports:IF1,IF2]",
+        help="Alone: the embedded testbed, two namespaces and a veth pair. ports: two NIC ports cabled together, IF2 is captured.",
+    ),
+]
 Idle = Annotated[str, typer.Option(help="SCHED_IDLE spinner per CPU: auto, spin or off.")]
 Proto = Annotated[str, typer.Option(help="Protocol of the built-in workload: tcp or udp.")]
 Messages = Annotated[int, typer.Option(min=1, help="Messages the built-in workload sends.")]
@@ -82,7 +89,7 @@ def capture(
     ] = None,
     iface: Iface = None,
     netns: Annotated[str | None, typer.Option(help="Network namespace of the interface.")] = None,
-    testbed: Testbed = False,
+    testbed: Testbed = None,
     gro: Annotated[bool, typer.Option(help="Testbed with GRO: veth then has NAPI.")] = False,
     duration: Annotated[float | None, typer.Option(help="Seconds to record at most.")] = None,
     attach: Annotated[bool, typer.Option("--attach", help="Record live traffic only; nothing is sent.")] = False,
@@ -129,7 +136,7 @@ def capture(
             out,
             iface=iface,
             netns=netns,
-            testbed=testbed,
+            testbed=testbed or False,
             gro=gro,
             settings=_settings(settings),
             allow_system_changes=allow,
@@ -168,7 +175,7 @@ def compare(
     command: Annotated[list[str] | None, typer.Argument(metavar="[-- CMD...]")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the runs and the report.")] = Path("out/compare"),
     iface: Iface = None,
-    testbed: Testbed = False,
+    testbed: Testbed = None,
     reps: Annotated[int, typer.Option(min=1, help="Repetitions of each configuration.")] = 3,
     proto: Proto = "tcp",
     messages: Messages = 20_000,
@@ -186,7 +193,7 @@ def compare(
         out,
         settings=_settings(settings),
         iface=iface,
-        testbed=testbed,
+        testbed=testbed or False,
         reps=reps,
         workload={"proto": proto, "messages": messages, "remote": remote},
         command=command or None,
@@ -206,7 +213,7 @@ def sweep(
     spec: Annotated[str, typer.Argument(metavar="SPEC.toml", help="A sweep spec, or the name of a shipped one.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the runs and the dataset.")] = Path("out/sweep"),
     iface: Iface = None,
-    testbed: Testbed = False,
+    testbed: Testbed = None,
     resume: Annotated[bool, typer.Option("--resume", help="Record only what is missing.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print plan, duration and size, and stop.")] = False,
     reps: Annotated[int | None, typer.Option(min=1, help="Repetitions, instead of the spec's.")] = None,
@@ -219,7 +226,7 @@ def sweep(
 
     options = {"resume": resume, "allow_system_changes": allow, "yes_this_nic": yes_this_nic} if not dry_run else {}
     store = run_sweep(
-        spec, out, testbed=testbed, iface=iface, reps=reps, remote=remote, dry_run=dry_run, say=_say, **options
+        spec, out, testbed=testbed or False, iface=iface, reps=reps, remote=remote, dry_run=dry_run, say=_say, **options
     )
     if store is not None:
         print(f"dataset: {store}")
@@ -394,11 +401,22 @@ def _usage(error: Any) -> int:
     return int(error.exit_code)
 
 
+def with_testbed_named(words: list[str]) -> list[str]:
+    """Give a bare ``--testbed`` its value: Typer knows no option whose value may be left out."""
+    end = words.index("--") if "--" in words else len(words)
+    named = list(words)
+    for at in range(end):
+        has_value = at + 1 < end and (words[at + 1] == "veth" or ":" in words[at + 1])
+        if words[at] == "--testbed" and not has_value:
+            named[at] = "--testbed=veth"
+    return named
+
+
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr, never a traceback."""
     try:
         # Not standalone: Typer would draw boxes around usage errors, and end without a word on Ctrl-C.
-        status = app(standalone_mode=False)
+        status = app(args=with_testbed_named(sys.argv[1:]), standalone_mode=False)
         if status == _INTERRUPTED:
             raise KeyboardInterrupt
         raise SystemExit(status or 0)

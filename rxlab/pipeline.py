@@ -69,7 +69,7 @@ def record_run(
     *,
     iface: str | None = None,
     netns: str | None = None,
-    testbed: bool = False,
+    testbed: bool | str = False,
     gro: bool = False,
     settings: Mapping[str, Any] | None = None,
     allow_system_changes: bool = False,
@@ -83,7 +83,8 @@ def record_run(
 ) -> Run:
     """Record one run, on the embedded testbed or on an interface, with settings applied and restored.
 
-    Parameters are those of :func:`rxlab.record.capture.capture`, with `testbed` as a flag, `workload` as the fields of
+    Parameters are those of :func:`rxlab.record.capture.capture`, with `testbed` as a flag or
+    ``ports:IF1,IF2``, `workload` as the fields of
     :class:`rxlab.record.workload.Workload`, and `settings` as sysfs words (``{"rps_cpus": "0,2"}``). A `command` may have a
     `server`, a command line started on the captured side first.
     """
@@ -92,8 +93,8 @@ def record_run(
     from rxlab.host.settings import parse_settings
     from rxlab.host.topology import resolve_intents
     from rxlab.record.capture import capture, note_restored
+    from rxlab.record.ports import open_testbed
     from rxlab.record.sweep import reader_cpu
-    from rxlab.record.testbed import Testbed
     from rxlab.record.workload import Command, Workload
 
     if not testbed and not iface:
@@ -109,7 +110,7 @@ def record_run(
         traffic = Workload(**{key: value for key, value in workload.items() if value is not None})
     with ExitStack() as stack:
         journal = stack.enter_context(apply(allow_system_changes=allow_system_changes, yes_this_nic=yes_this_nic))
-        bed = stack.enter_context(Testbed(gro=gro, registry=journal)) if testbed else None
+        bed = stack.enter_context(open_testbed(testbed, gro=gro, registry=journal)) if testbed else None
         iface, netns = (bed.dst.iface, bed.dst.netns) if bed else (iface, netns)
         with HostAccess(None) as host:
             wanted = resolve_intents(settings or {}, reader_cpu(traffic), host)
@@ -200,7 +201,7 @@ def compare(
     *,
     settings: Mapping[str, Any],
     iface: str | None = None,
-    testbed: bool = False,
+    testbed: bool | str = False,
     reps: int = 3,
     workload: Mapping[str, Any] | None = None,
     command: Sequence[str] | None = None,
@@ -220,7 +221,7 @@ def compare(
     """
     if not settings:
         raise UsageError("nothing to compare", expected="--set KEY=VALUE")
-    if bool(iface) == testbed:
+    if bool(iface) == bool(testbed):
         raise UsageError(
             "nothing to compare on" if not iface else "two places to compare on", expected="--iface IF or --testbed"
         )
@@ -251,7 +252,7 @@ def experiment(
     folder: Path,
     configurations: Sequence[Mapping[str, Any]],
     *,
-    testbed: bool,
+    testbed: bool | str,
     iface: str | None = None,
     reps: int = 3,
     workload: Mapping[str, Any] | None = None,
@@ -265,8 +266,8 @@ def experiment(
 ) -> Path | None:
     """Record each configuration untraced and traced, `reps` times in shuffled order, analyse, and report."""
     from rxlab.host.journal import apply
+    from rxlab.record.ports import open_testbed
     from rxlab.record.sweep import plan_sweep, sweep
-    from rxlab.record.testbed import Testbed
     from rxlab.record.workload import Command, Workload
 
     arms = ("untraced", "std")
@@ -283,7 +284,7 @@ def experiment(
     with ExitStack() as stack:
         stack.callback(_remove_if_empty, folder)
         journal = stack.enter_context(apply(allow_system_changes=allow_system_changes, yes_this_nic=yes_this_nic))
-        bed = stack.enter_context(Testbed(registry=journal)) if testbed else None
+        bed = stack.enter_context(open_testbed(testbed, registry=journal)) if testbed else None
         recorded = sweep(
             folder,
             configurations,
@@ -311,7 +312,7 @@ def run_sweep(
     spec: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    testbed: bool = False,
+    testbed: bool | str = False,
     iface: str | None = None,
     reps: int | None = None,
     remote: str | None = None,

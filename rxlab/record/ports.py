@@ -124,11 +124,16 @@ def is_up(iface: str) -> bool:
     return bool(int((SYS_NET / iface / "flags").read_text(), 16) & IFF_UP)
 
 
-def open_testbed(spec: str = "", *, gro: bool = False, registry: Registry | None = None) -> Testbed:
-    """Return the testbed that `spec` names: the embedded veth pair when empty, or ``ports:IF1,IF2``."""
-    if spec in ("", "veth"):
+def captured_port(spec: bool | str) -> str | None:
+    """Return the captured interface of ``ports:IF1,IF2``; None for the embedded testbed, and for none at all."""
+    return parse_ports(spec)[1] if isinstance(spec, str) and spec not in ("", "veth") else None
+
+
+def open_testbed(spec: bool | str = True, *, gro: bool = False, registry: Registry | None = None) -> Testbed:
+    """Return the testbed that `spec` names: the embedded veth pair (True or ``veth``), or ``ports:IF1,IF2``."""
+    if captured_port(spec) is None:
         return Testbed(gro=gro, registry=registry)
-    sender, captured = parse_ports(spec)
+    sender, captured = parse_ports(str(spec))
     if gro:
         raise UsageError("--gro is the veth testbed's", where=spec, do="Use --set gro=on for the captured port.")
     return PortsTestbed(sender, captured, registry=registry)

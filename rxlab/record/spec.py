@@ -51,7 +51,7 @@ from rxlab.record.sweep import (
     sweep,
     with_fields,
 )
-from rxlab.record.testbed import Testbed
+from rxlab.record.ports import captured_port, open_testbed
 from rxlab.record.workload import Command, Workload
 from rxlab.rundir import SWEEP_JSON, RunDir
 
@@ -282,15 +282,19 @@ def _plain(value: Any) -> Any:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
-def check_host(spec: Spec, *, testbed: bool, iface: str | None, access: HostAccess | None = None) -> bool:
+def check_host(spec: Spec, *, testbed: bool | str, iface: str | None, access: HostAccess | None = None) -> bool:
     """Check a spec against this machine without changing it, and tell whether it would change the host itself.
 
     CPUs must be online, intents must have a CPU that they mean, and an interface must have what is to be set. The testbed's
     own interface is checked when it is made, before the first run.
     """
-    if spec.place != "any" and testbed != (spec.place == "testbed"):
+    port = captured_port(testbed)
+    is_veth = bool(testbed) and port is None
+    if spec.place != "any" and is_veth != (spec.place == "testbed"):
         raise UsageError(
-            "this sweep makes no sense here", where=spec.name, expected="--iface IF" if testbed else "--testbed"
+            "this sweep makes no sense here",
+            where=spec.name,
+            expected="--iface IF or --testbed ports:IF1,IF2" if is_veth else "--testbed",
         )
     if isinstance(spec.workload, Workload) and iface not in (None, "lo") and not spec.workload.remote:
         raise UsageError(
@@ -317,9 +321,9 @@ def check_host(spec: Spec, *, testbed: bool, iface: str | None, access: HostAcce
             kind = key.partition(":")[0].strip()
             kind = kind if kind in KINDS else kind.replace("_", "-")
             canonical_value(kind, str(value), cpus)
-            is_host_wide |= KINDS[kind].scope in ("host", "cpu") or not testbed
-        if not testbed:
-            parse_settings(wanted, iface, access=access)
+            is_host_wide |= KINDS[kind].scope in ("host", "cpu") or not is_veth
+        if not is_veth:
+            parse_settings(wanted, port or iface, access=access)
     return is_host_wide
 
 
@@ -379,7 +383,7 @@ def record_spec(
     spec: Spec,
     out: str | os.PathLike[str],
     *,
-    testbed: bool,
+    testbed: bool | str,
     iface: str | None = None,
     resume: bool = False,
     allow_system_changes: bool = False,
@@ -408,7 +412,7 @@ def record_spec(
     progress = Progress(spec, folder, say)
     with ExitStack() as stack:
         journal = stack.enter_context(apply(allow_system_changes=allow_system_changes, yes_this_nic=yes_this_nic))
-        bed = stack.enter_context(Testbed(registry=journal)) if testbed else None
+        bed = stack.enter_context(open_testbed(testbed, registry=journal)) if testbed else None
         recorded = sweep(
             folder,
             spec.configurations,
@@ -461,7 +465,7 @@ class Progress:
 def plan_spec(
     source: str | os.PathLike[str],
     *,
-    testbed: bool = False,
+    testbed: bool | str = False,
     iface: str | None = None,
     reps: int | None = None,
     remote: str | None = None,
@@ -474,7 +478,7 @@ def plan_spec(
         spec = replace(spec, workload=workload)
     if reps is not None:
         spec = replace(spec, repetitions=reps)
-    if bool(iface) == testbed:
+    if bool(iface) == bool(testbed):
         raise UsageError("where shall the sweep run", expected="either --iface IF or --testbed")
     check_host(spec, testbed=testbed, iface=iface)
     return spec

@@ -138,9 +138,14 @@ def overall(checks: Sequence[Check]) -> str:
     return max((check.state for check in checks), key=_SEVERITY.__getitem__, default=NONE)
 
 
+def _is_veth(run: AnalysedRun) -> bool:
+    """Tell whether a run is of the embedded testbed; two cabled ports are NICs of the host."""
+    return ((run.run.get("testbed") or {}).get("kind")) == "veth"
+
+
 def _origin(runs: Sequence[AnalysedRun], recorded: bool) -> Check:
     notes = []
-    if any(run.run.get("testbed") for run in runs):
+    if any(_is_veth(run) for run in runs):
         notes.append(f"{TESTBED_WARNING}. No NIC and no hard interrupt took part, and RPS here relieves the sender")
     if recorded:
         notes.append(RECORDED_NOTE)
@@ -331,7 +336,7 @@ def _restored(runs: Sequence[AnalysedRun]) -> Check:
     answers = [(run.run.get("got") or {}).get("restored") for run in runs]
     if any(answer is False for answer in answers):
         return Check("Settings restored", BAD, "not all: run 'rxlab restore'")
-    if runs and all(run.run.get("testbed") for run in runs):
+    if runs and all(_is_veth(run) for run in runs):
         return Check("Settings restored", GOOD, "settings were made inside the testbed and went with it")
     if all(answer is None for answer in answers):
         return Check("Settings restored", NONE, "no setting was changed, or the run does not say")
