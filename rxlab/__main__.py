@@ -160,7 +160,7 @@ def capture(
     if as_json:
         _print_json(run.run)
     else:
-        from rxlab.show.text import run_text
+        from rxlab.show.facts import run_text
 
         print(run_text(run.path, run.run))
     if run.run["status"] != "complete":
@@ -348,7 +348,7 @@ def restore() -> None:
 def host_show(iface: Iface = None, as_json: Json = False) -> None:
     """Print CPUs, interfaces, queues, their IRQs, and every setting rxlab knows."""
     from rxlab.host.topology import snapshot_host
-    from rxlab.show.text import host_text
+    from rxlab.show.facts import host_text
 
     snapshot = snapshot_host(iface)
     if as_json:

@@ -80,7 +80,7 @@ def record_run(
     server_port: int | None = None,
     idle: str = "auto",
     **options: Any,
-) -> Run:
+) -> rundir.RunDir:
     """Record one run, on the embedded testbed or on an interface, with settings applied and restored.
 
     Parameters are those of :func:`rxlab.record.capture.capture`, with `testbed` as a flag or
@@ -127,7 +127,7 @@ def record_run(
             transaction=journal,
             **options,
         )
-    return open_run(note_restored(recorded, journal).path)
+    return note_restored(recorded, journal)
 
 
 def idle_task_is_blind() -> bool | None:

@@ -169,3 +169,15 @@ def test_command_line_and_doctor_start_without_the_analysis_extras(module: str) 
     # On a bare test machine the libraries of rxlab[analysis] are not there: make them as absent as that.
     absent = "import sys; sys.modules.update(dict.fromkeys(" + repr(sorted(ANALYSIS_ONLY)) + "))"
     assert "rxlab" in loaded_by(f"{absent}\nimport rxlab.{module}")
+
+
+def test_a_capture_is_recorded_and_told_without_the_analysis_extras() -> None:
+    # All that `rxlab capture` imports up to its last line, around a capture that is there already.
+    absent = "import sys; sys.modules.update(dict.fromkeys(" + repr(sorted(ANALYSIS_ONLY)) + "))"
+    record = (
+        "import rxlab.record.capture as c; from rxlab import pipeline, rundir; from rxlab.show.facts import run_text\n"
+        "c.capture = lambda *_, **options: rundir.open_rundir('data/tcp-rps-off')\n"
+        "run = pipeline.record_run('x', iface='lo', duration=1, idle='off')\n"
+        "assert 'complete' in run_text(run.path, run.run)"
+    )
+    assert "rxlab" in loaded_by(f"{absent}\n{record}")

@@ -1,4 +1,4 @@
-"""Plain text for a terminal: the life of one packet, the slowest ones, a verification, a run, a host."""
+"""Plain text for a terminal: the life of one packet, the slowest ones, a verification."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import xarray as xr
 from rxlab.dataset import schema, stats
 from rxlab.errors import RxlabError, UsageError
 from rxlab.show.plots import microseconds, packet_steps
-from rxlab.stages import STAGE_INDEX, STAGES, stages_without
+from rxlab.stages import STAGE_INDEX, STAGES
 
 
 def _packets(tree: xr.DataTree) -> xr.Dataset:
@@ -128,44 +128,3 @@ def verification_text(result: Mapping[str, Any]) -> str:
 
 def _answer(value: bool | None) -> str:
     return "not checked" if value is None else "yes" if value else "NO"
-
-
-def run_text(path: Any, run: Mapping[str, Any]) -> str:
-    """Return what a capture recorded, in a few lines."""
-    perf, tcpdump = run.get("perf") or {}, run.get("tcpdump") or {}
-    lines = [f"{path}: {run.get('status')}, arm {run.get('arm')}, interface {run.get('iface')}"]
-    if tcpdump:
-        lines.append(
-            f"  packets: captured {tcpdump.get('captured')}, received {tcpdump.get('received')}, "
-            f"dropped {tcpdump.get('dropped')}"
-        )
-    if perf:
-        lines.append(f"  kernel events: {len(perf.get('events') or [])} kinds, lost {perf.get('lost')}")
-    if perf.get("missing_events"):
-        gone = ", ".join(stages_without(set(perf.get("events") or []))) or "none"
-        lines.append(f"  not on this kernel: {', '.join(perf['missing_events'])}; stages that go: {gone}")
-    lines += [f"  problem: {problem}" for problem in run.get("problems") or []]
-    return "\n".join(lines)
-
-
-def host_text(snapshot: Mapping[str, Any]) -> str:
-    """Return a host snapshot as lines: CPUs, interfaces, queues with their IRQs and CPUs."""
-    cpus = snapshot.get("cpus") or []
-    lines = [
-        f"{snapshot.get('hostname')}  Linux {snapshot.get('kernel')}",
-        f"{len(cpus)} CPUs, {len({(cpu.get('package'), cpu.get('core')) for cpu in cpus})} cores, "
-        f"{len({cpu.get('node') for cpu in cpus})} NUMA nodes; governor {snapshot.get('governor') or 'none'}; "
-        f"irqbalance {'running' if snapshot.get('irqbalance') else 'not running'}",
-    ]
-    for name, iface in (snapshot.get("ifaces") or {}).items():
-        lines.append(
-            f"{name}: {iface.get('driver') or 'no driver'}  {', '.join(iface.get('addresses') or []) or 'no address'}"
-        )
-        for queue in iface.get("queues") or []:
-            facts = [
-                f"{key} {queue[key]}"
-                for key in ("irq", "irq_cpus", "rps_cpus", "rps_flow_cnt", "xps_cpus")
-                if queue.get(key) not in (None, "")
-            ]
-            lines.append(f"  queue {queue.get('queue')}: " + ", ".join(facts))
-    return "\n".join(lines)

@@ -1,0 +1,49 @@
+"""Plain text about what was recorded and where: run.json and a host snapshot, with no analysis library, for a bare test machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rxlab.stages import stages_without
+
+
+def run_text(path: Any, run: Mapping[str, Any]) -> str:
+    """Return what a capture recorded, in a few lines."""
+    perf, tcpdump = run.get("perf") or {}, run.get("tcpdump") or {}
+    lines = [f"{path}: {run.get('status')}, arm {run.get('arm')}, interface {run.get('iface')}"]
+    if tcpdump:
+        lines.append(
+            f"  packets: captured {tcpdump.get('captured')}, received {tcpdump.get('received')}, "
+            f"dropped {tcpdump.get('dropped')}"
+        )
+    if perf:
+        lines.append(f"  kernel events: {len(perf.get('events') or [])} kinds, lost {perf.get('lost')}")
+    if perf.get("missing_events"):
+        gone = ", ".join(stages_without(set(perf.get("events") or []))) or "none"
+        lines.append(f"  not on this kernel: {', '.join(perf['missing_events'])}; stages that go: {gone}")
+    lines += [f"  problem: {problem}" for problem in run.get("problems") or []]
+    return "\n".join(lines)
+
+
+def host_text(snapshot: Mapping[str, Any]) -> str:
+    """Return a host snapshot as lines: CPUs, interfaces, queues with their IRQs and CPUs."""
+    cpus = snapshot.get("cpus") or []
+    lines = [
+        f"{snapshot.get('hostname')}  Linux {snapshot.get('kernel')}",
+        f"{len(cpus)} CPUs, {len({(cpu.get('package'), cpu.get('core')) for cpu in cpus})} cores, "
+        f"{len({cpu.get('node') for cpu in cpus})} NUMA nodes; governor {snapshot.get('governor') or 'none'}; "
+        f"irqbalance {'running' if snapshot.get('irqbalance') else 'not running'}",
+    ]
+    for name, iface in (snapshot.get("ifaces") or {}).items():
+        lines.append(
+            f"{name}: {iface.get('driver') or 'no driver'}  {', '.join(iface.get('addresses') or []) or 'no address'}"
+        )
+        for queue in iface.get("queues") or []:
+            facts = [
+                f"{key} {queue[key]}"
+                for key in ("irq", "irq_cpus", "rps_cpus", "rps_flow_cnt", "xps_cpus")
+                if queue.get(key) not in (None, "")
+            ]
+            lines.append(f"  queue {queue.get('queue')}: " + ", ".join(facts))
+    return "\n".join(lines)
