@@ -24,8 +24,8 @@ report: system-record $(STAMP) ## set up, record RPS off and on (or take data/ w
 test: system-test $(STAMP) ## set up and run the whole test suite; the live part needs root
 	@.ci/test $(BIN)/python
 
-# A guest shares this machine's root file system, so root; kernels and QEMU (900 MB) are kept in ~/.cache/rxlab-vm.
-test-vm: system-test $(STAMP) ## unfinished: other kernels and a NIC with queues, in QEMU (no guest capture has been analysed yet)
+# A guest shares this machine's root file system, so root; kernels and QEMU (800 MB) are kept in ~/.cache/rxlab-vm.
+test-vm: system-test $(STAMP) ## other kernels and a NIC with queues, in QEMU
 	@tests/vm/fetch
 	RXLAB_VM=1 timeout --foreground --signal=INT --kill-after=60 45m $(BIN)/python -m pytest tests/vm
 

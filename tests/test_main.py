@@ -49,6 +49,28 @@ def test_a_usage_error_is_one_line(
     assert word in lines[0]
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (["capture", "--testbed", "--gro"], ["capture", "--testbed=veth", "--gro"]),
+        (["sweep", "--testbed", "rps_rfs"], ["sweep", "--testbed=veth", "rps_rfs"]),
+        (["sweep", "rps_rfs", "--testbed"], ["sweep", "rps_rfs", "--testbed=veth"]),
+        (["capture", "--testbed", "ports:a,b"], ["capture", "--testbed", "ports:a,b"]),
+        (["capture", "--testbed", "--", "--testbed"], ["capture", "--testbed=veth", "--", "--testbed"]),
+    ],
+)
+def test_the_testbed_needs_no_name(given: list[str], meant: list[str]) -> None:
+    assert cli.with_testbed_named(given) == meant
+
+
+def test_a_testbed_that_does_not_exist_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, lines = run_main(monkeypatch, capsys, "capture", "-o", "x", "--testbed", "cable:a,b")
+    assert status == 2
+    assert "ports:IF1,IF2" in lines[0]
+
+
 def test_help_and_no_arguments_print_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["rxlab", "--help"])
     with pytest.raises(SystemExit) as ended:

@@ -244,6 +244,7 @@ def _state(runs, name, **given):
             "bad",
         ),
         ("Bytes read = bytes on the wire", lambda r: replace(r, verify={**VERIFIED, "byte_sums_equal": False}), "bad"),
+        ("Where it was measured", lambda r: replace(r, run={**r.run, "testbed": {"kind": "ports"}}), "good"),
         ("Settings restored", lambda r: replace(r, run={**r.run, "testbed": None, "got": {"restored": False}}), "bad"),
         ("Settings restored", lambda r: replace(r, run={**r.run, "testbed": None, "got": {"restored": True}}), "good"),
     ],

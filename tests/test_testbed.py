@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rxlab.errors import CaptureError, UsageError
-from rxlab.record.ports import PortsTestbed, open_testbed, parse_ports
+from rxlab.record.ports import PortsTestbed, captured_port, open_testbed, parse_ports
 from rxlab.record.testbed import Endpoint, Testbed, in_netns, run_checked
 
 
@@ -109,7 +109,9 @@ def test_ports_are_named_by_sender_and_captured_port() -> None:
     assert isinstance(bed, PortsTestbed)
     assert (bed.src.iface, bed.dst.iface, bed.dst.netns) == ("eth0", "eth1", None)
     assert bed.describe()["kind"] == "ports"
-    assert open_testbed("").kind == "veth"
+    assert {open_testbed(spec).kind for spec in ("", "veth", True)} == {"veth"}
+    assert captured_port("ports:eth0,eth1") == "eth1"
+    assert captured_port(True) is captured_port("veth") is captured_port(False) is None
 
 
 @pytest.mark.parametrize("text", ["ports:eth0", "ports:eth0,eth0", "ports:eth0,", "ports:a,b,c", "cable:a,b"])

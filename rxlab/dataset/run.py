@@ -283,8 +283,9 @@ def machine_of(run: dict[str, Any], host: dict[str, Any]) -> Machine:
         number = int(address)
         addresses.add((number >> 64, number & (2**64 - 1)) if address.version == 6 else (0, number))
     macs = {int(str(mac).replace(":", ""), 16) for mac in run.get("local_macs") or []}
-    irqs = {int(queue["irq"]) for queue in described.get("queues") or [] if queue.get("irq") is not None}
-    return Machine(iface, frozenset(macs - {0}), frozenset(addresses), frozenset(irqs))
+    queues = described.get("queues") or []
+    irqs = {int(queue["queue"]): int(queue["irq"]) for queue in queues if queue.get("irq") is not None}
+    return Machine(iface, frozenset(macs - {0}), frozenset(addresses), irqs)
 
 
 def join_recordings(perf: str | os.PathLike[str], pcap: str | os.PathLike[str], iface: str | None = None) -> Joined:

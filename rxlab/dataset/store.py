@@ -149,7 +149,7 @@ def _root_attrs(joined: Any, run: Mapping[str, Any], host: Mapping[str, Any]) ->
         "workload": json.dumps(run.get("workload") or {}, sort_keys=True),
         "command": json.dumps(run.get("command") or []),
         "iface": str(run.get("iface") or ""),
-        "testbed": int(bool(run.get("testbed"))),
+        "testbed": int((run.get("testbed") or {}).get("kind") == "veth"),
         "start_ns": np.int64(run.get("start_ns") or 0),
         "stop_ns": np.int64(run.get("stop_ns") or 0),
         "hostname": str(host.get("hostname", "")),

@@ -86,7 +86,7 @@ class Machine:
     iface: str
     macs: frozenset[int] = frozenset()
     addresses: frozenset[tuple[int, int]] = frozenset()
-    irqs: frozenset[int] = frozenset()
+    irqs: Mapping[int, int] = field(default_factory=dict)
 
 
 def join(

@@ -88,7 +88,7 @@ def on_device(columns: Columns, iface: str) -> Columns:
     return columns.take(np.isin(columns["name"], wanted))
 
 
-def follow_kernel(events: Mapping[str, Columns], iface: str, irqs: frozenset[int] = frozenset()) -> KernelPath:
+def follow_kernel(events: Mapping[str, Columns], iface: str, irqs: Mapping[int, int] | None = None) -> KernelPath:
     """Follow every skb that entered the stack on an interface up to ``sk_data_ready``.
 
     Parameters
@@ -97,8 +97,8 @@ def follow_kernel(events: Mapping[str, Columns], iface: str, irqs: frozenset[int
         As :func:`rxlab.read_perfdata` gives them: ``time`` (CLOCK_MONOTONIC ns), ``cpu``, ``tid``, ``rank`` and the fields.
     iface : str
         Device name. It is not unique across network namespaces; the match with the pcap tells the rest apart.
-    irqs : frozenset of int
-        Interrupt numbers of the device's queues; empty for devices without (veth, lo).
+    irqs : mapping of int to int, optional
+        Interrupt number of each receive queue; empty for devices without (veth, lo).
     """
     receive = on_device(event_columns(events, "net:netif_receive_skb"), iface)
     n = receive.n
@@ -112,7 +112,7 @@ def follow_kernel(events: Mapping[str, Columns], iface: str, irqs: frozenset[int
     path.columns = path.columns.with_columns(
         end_rank=_end_of_life(receive, events), **_link_driver(path, receive, events, iface)
     )
-    _link_softirq(path, events, irqs)
+    _link_softirq(path, events, irqs or {})
     _link_rps(path, events)
     _link_socket(path, events)
     return path
@@ -189,7 +189,7 @@ def _link_driver(
     }
 
 
-def _link_softirq(path: KernelPath, events: Mapping[str, Columns], irqs: frozenset[int]) -> None:
+def _link_softirq(path: KernelPath, events: Mapping[str, Columns], irqs: Mapping[int, int]) -> None:
     """Link hard IRQ, NET_RX raise and softirq entry on the CPU where the packet entered the host."""
     entries, raises = (_net_rx(event_columns(events, name)) for name in ("irq:softirq_entry", "irq:softirq_raise"))
     rx, drv = STAGE_INDEX["netif_receive_skb"], STAGE_INDEX["driver_rx"]
@@ -213,15 +213,42 @@ def _link_softirq(path: KernelPath, events: Mapping[str, Columns], irqs: frozens
     usable = (row >= 0) & (first_rank < index.rank_of(row, -1)) & (~is_backlog | (first_rank > path.rank[:, drv]))
     first = np.where(usable, first, -1)
     path.set_stage("softirq_raise", raises, first)
-    if not irqs:
-        return
     handlers = event_columns(events, "irq:irq_handler_entry")
-    handlers = handlers.take(np.isin(_field(handlers, "irq", np.int64), sorted(irqs)))
-    handled = AsOf(handlers["rank"], handlers["cpu"])
-    row = handled.last_before(raised.rank_of(first, -1), cpu)
-    # Older than the previous softirq run: the raise came from elsewhere (a timer, ksoftirqd, busy polling).
-    row = np.where(handled.rank_of(row, -1) > index.rank_of(previous, -1), row, -1)
-    path.set_stage("hardirq", handlers, row)
+    handlers = handlers.take(np.isin(_field(handlers, "irq", np.int64), sorted(irqs.values())))
+    if not handlers.n:
+        return
+    since, until = index.rank_of(previous, 0), index.rank_of(row, -1)
+    hard = _handler_of(handlers, path.columns["rx_queue"], irqs, cpu, since, np.minimum(until, first_rank))
+    hard = np.where(pick(handlers["rank"], hard, _NEVER) < until, hard, -1)
+    path.set_stage("hardirq", handlers, hard)
+    # Another queue's interrupt may have raised the softirq already; this packet's NAPI was scheduled by its own.
+    own = raised.first_after(pick(handlers["rank"], hard, -1), cpu)
+    own = np.where(raised.rank_of(own, _NEVER) < until, own, -1)
+    path.set_stage("softirq_raise", raises, np.where(hard >= 0, own, first))
+
+
+def _handler_of(
+    handlers: Columns,
+    queue: np.ndarray,
+    irqs: Mapping[int, int],
+    cpu: np.ndarray,
+    since: np.ndarray,
+    raised: np.ndarray,
+) -> np.ndarray:
+    """Return the interrupt by which each packet's softirq came: its queue's own, else the last of the device before the raise.
+
+    None older than the previous softirq run (`since`): then the raise came from elsewhere (a timer, ksoftirqd, busy polling).
+    A driver whose interrupt finds its NAPI being polled raises nothing, and that run takes the packet: no interrupt led to it.
+    """
+    any_irq = AsOf(handlers["rank"], handlers["cpu"])
+    last = any_irq.last_before(raised, cpu)
+    last = np.where(any_irq.rank_of(last, -1) > since, last, -1)
+    by_irq = AsOf(handlers["rank"], handlers["cpu"], _field(handlers, "irq", np.int64))
+    numbers = np.full(max(irqs, default=0) + 2, -1, np.int64)
+    numbers[list(irqs)] = list(irqs.values())
+    irq = numbers[np.where((queue >= 0) & (queue < len(numbers)), queue, -1)]
+    own = by_irq.first_after(since, cpu, irq)
+    return np.where(irq >= 0, own, last)
 
 
 def _net_rx(columns: Columns) -> Columns:

@@ -135,5 +135,5 @@ def open_testbed(spec: bool | str = True, *, gro: bool = False, registry: Regist
         return Testbed(gro=gro, registry=registry)
     sender, captured = parse_ports(str(spec))
     if gro:
-        raise UsageError("--gro is the veth testbed's", where=spec, do="Use --set gro=on for the captured port.")
+        raise UsageError("--gro is the veth testbed's", where=str(spec), do="Use --set gro=on for the captured port.")
     return PortsTestbed(sender, captured, registry=registry)

@@ -38,6 +38,7 @@ from rxlab.host.cpulist import online_cpus
 from rxlab.host.journal import apply
 from rxlab.host.settings import KINDS, canonical_value, parse_settings
 from rxlab.host.topology import resolve_intents
+from rxlab.record.ports import captured_port, open_testbed
 from rxlab.record.recording import ARM_OF, IDLE_CHOICES
 from rxlab.record.sweep import (
     ORDERS,
@@ -51,7 +52,6 @@ from rxlab.record.sweep import (
     sweep,
     with_fields,
 )
-from rxlab.record.ports import captured_port, open_testbed
 from rxlab.record.workload import Command, Workload
 from rxlab.rundir import SWEEP_JSON, RunDir
 

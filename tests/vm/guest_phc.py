@@ -36,7 +36,7 @@ from rxlab.stages import EVENT_PRESETS
 
 # perf opens its events on an emulated machine in 30 to 60 s.
 perfrecord.ACK_TIMEOUT = 240.0
-LOCAL = Path("/tmp")
+LOCAL = Path("/run/guest")  # in the guest's memory
 MESSAGES = 200
 # include/uapi/asm-generic/socket.h; include/uapi/linux/net_tstamp.h: SOF_TIMESTAMPING_RX_HARDWARE, _RAW_HARDWARE
 SO_TIMESTAMPING = 37

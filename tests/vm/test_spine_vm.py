@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
-from guest import run_in_guest
+from guest import Finished, run_scenario
 
 from rxlab.dataset.run import Run, open_run
 from rxlab.follow.clockfit import NAT
@@ -19,14 +16,17 @@ NIC_STAGES = ("hardirq", "softirq_raise", "softirq", "driver_rx")
 MESSAGES = 300
 
 
+@pytest.fixture(scope="module")
+def done() -> Iterator[Finished]:
+    """Guest that recorded the spine."""
+    with run_scenario("spine") as finished:
+        yield finished
+
+
 @pytest.fixture(scope="module", params=["tcp", "udp"])
-def run(request: pytest.FixtureRequest) -> Iterator[Run]:
+def run(request: pytest.FixtureRequest, done: Finished) -> Run:
     """Run of the built-in workload over igb."""
-    workload = json.dumps({"proto": request.param, "messages": MESSAGES})
-    command = ["{python}", str(Path(__file__).with_name("guest_spine.py")), "{folder}"]
-    with run_in_guest(command, seconds=280, environment={"SPINE_WORKLOAD": workload}) as done:
-        assert done.status == 0, done.output
-        yield open_run(done.folder / "run")
+    return open_run(done.folder / request.param)
 
 
 def test_every_data_packet_is_joined_to_its_reader(run: Run) -> None:
@@ -47,15 +47,3 @@ def test_nic_stages_are_seen_and_nested(run: Run) -> None:
     whole = times[seen.all(axis=1)]
     assert len(whole) >= 0.99 * len(times)
     assert (np.diff(whole, axis=1) >= 0).all()
-
-
-def test_interrupt_counters_equal_the_recorded_handler_entries(run: Run) -> None:
-    """Judge: the kernel's own /proc/interrupts, read before perf starts and after it ends, so never less than perf saw."""
-    entries = run.perf.events["irq:irq_handler_entry"]
-    recorded = Counter(entries["irq"].tolist())
-    counted = {
-        int(irq): sum(row["cpus"]) for irq, row in run.counters["difference"]["interrupts"].items() if irq.isdigit()
-    }
-    queues = {irq for irq in recorded if counted.get(irq)}
-    assert queues
-    assert all(counted[irq] >= recorded[irq] for irq in queues)
