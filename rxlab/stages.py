@@ -169,6 +169,124 @@ TOTALS: tuple[tuple[str, str, str, str], ...] = (
     ("copy_latency", "copy", "switch_in", "switch_in -> copy"),
 )
 
+
+@dataclass(frozen=True)
+class Phase:
+    """One part of a connection's life, as a log of kernel functions shows it.
+
+    Attributes
+    ----------
+    name : str
+    what : str
+        What happens there, in a few words.
+    functions : tuple of str
+        Shell patterns of functions that begin it. Helpers that every phase calls are not named: they belong to the phase
+        they are called in.
+    """
+
+    name: str
+    what: str
+    functions: tuple[str, ...]
+
+
+# The first phase with a matching pattern counts. Names of Linux 2.6.28 to 6.12 (system calls are sys_X, SyS_X, __x64_sys_X, do_X).
+PHASES: tuple[Phase, ...] = (
+    Phase(
+        "socket",
+        "a socket is made, bound, given options",
+        (
+            "*sys_socket",
+            "*socket_create",
+            "*socket_post_create",
+            "sock_alloc*",
+            "*_init_sock",
+            "*socket_bind",
+            "*socket_setsockopt",
+            "*socket_getsockname",
+            "*insert_socket",
+        ),
+    ),
+    Phase(
+        "listen",
+        "the server waits for connections",
+        ("*socket_listen", "*socket_accept", "*csk_accept", "*csk_listen*"),
+    ),
+    Phase(
+        "connect",
+        "handshake: SYN, SYN-ACK, ACK",
+        (
+            "*socket_connect",
+            "tcp_v[46]_connect",
+            "tcp_connect",
+            "tcp_rcv_synsent*",
+            "tcp_rcv_state_process",
+            "tcp_finish_connect",
+            "tcp_conn_request",
+            "tcp_v[46]_conn_request",
+            "tcp_v[46]_syn_recv_sock",
+            "tcp_v[46]_hnd_req",
+            "tcp_check_req",
+            "tcp_child_process",
+            "tcp_create_openreq_child",
+            "tcp_make_synack",
+            "tcp_v[46]_send_synack",
+            "tcp_init_transfer",
+        ),
+    ),
+    Phase(
+        "send",
+        "data goes out",
+        ("*socket_sendmsg", "tcp_sendmsg*", "tcp_sendpage*", "tcp_splice_eof", "tcp_push", "tcp_push_one"),
+    ),
+    Phase(
+        "close",
+        "FIN, and what is left of the connection",
+        (
+            "tcp_close",
+            "__tcp_close",
+            "tcp_shutdown",
+            "*socket_shutdown",
+            "tcp_send_fin",
+            "tcp_fin",
+            "tcp_time_wait",
+            "tcp_done",
+            "tcp_v[46]_destroy_sock",
+            "*remove_socket",
+            "*drop_socket",
+            "*socket_release",
+        ),
+    ),
+    Phase(
+        "receive",
+        "a segment arrives: softirq, socket lookup, queue, wake-up",
+        (
+            "tcp_v[46]_early_demux",
+            "tcp_v[46]_rcv",
+            "tcp_v[46]_do_rcv",
+            "tcp_rcv_established",
+            "tcp_data_queue",
+            "tcp_queue_rcv",
+            "tcp_data_ready",
+            "tcp[46]_gro_receive",
+            "tcp_gro_receive",
+            "*socket_sock_rcv_skb",
+        ),
+    ),
+    Phase("poll", "the task asks whether there is data, and sleeps", ("tcp_poll", "tcp_stream_memory_free")),
+    Phase(
+        "read",
+        "bytes are copied to the task",
+        (
+            "*socket_recvmsg",
+            "tcp_recvmsg*",
+            "tcp_read_sock",
+            "tcp_splice_read",
+            "tcp_cleanup_rbuf",
+            "tcp_rcv_space_adjust",
+        ),
+    ),
+)
+
 # Event presets. Each costs 0.5 to 0.7 us per event on the path, so "min" exists. raw_syscalls is never recorded.
 _MIN = (
     "net:netif_receive_skb",

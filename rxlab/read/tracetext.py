@@ -38,6 +38,8 @@ _PERF = re.compile(
     r"(?P<comm>.{1,256}?)\s+(?P<pid>-?\d+)(?:/(?P<tid>-?\d+))?\s+(?:\[(?P<cpu>-?\d+)\]\s+)?(?P<time>\d+\.\d+):\s+(?:\d+\s+)?"
     r"(?P<event>\S{1,256}?):(?:\s+(?P<rest>.*)|$)"
 )
+# Third flag: softirq, hard IRQ, hard IRQ inside a softirq, NMI (kernel/trace/trace_output.c, trace_print_lat_fmt).
+_INTERRUPT_FLAGS = "shHzZ"
 _FUNCTION = re.compile(r"(?P<function>[\w.$]+)\s+(?:\[\w+\]\s+)?<-\s*(?P<caller>[\w.$]+)")
 _EVENT = re.compile(r"(?P<event>[\w:.-]{1,128}):(?:\s+(?P<fields>.*)|$)")
 # What perf script appends to a tracepoint that was recorded with an instruction pointer: address symbol (object).
@@ -79,7 +81,7 @@ class TraceText:
         follows the event's name; then the fields printed as key=value: int64 where all are integers (uint64 where they
         need it), else int32 codes, -1 where a line lacks the field. Codes point into ``attrs["categories"][column]``.
     functions : Columns or None
-        The function tracer's lines: `time`, `cpu`, `pid`, `comm`, `function`, `caller`.
+        The function tracer's lines: `time`, `cpu`, `pid`, `in_interrupt`, `comm`, `function`, `caller`.
     meta : dict
         format ("ftrace" | "latency" | "perf script"), clock, events, events_per_name, first_ns, last_ns (file order),
         lines, other_lines (comments, stack frames and what is no event), warnings.
@@ -139,8 +141,9 @@ def read_function_log(path: str | os.PathLike[str]) -> Columns:
     Returns
     -------
     Columns, dims (call,), file order
-        `time` int64 ns of the trace's clock, `cpu` int32, `pid` int32 (the thread), `comm`, `function` and `caller`
-        int32 codes into ``attrs["categories"]``.
+        `time` int64 ns of the trace's clock, `cpu` int32, `pid` int32 (the thread), `in_interrupt` int8 (1: in a hard or soft
+        interrupt that borrowed the task, -1: not printed), `comm`, `function` and `caller` int32 codes into
+        ``attrs["categories"]``.
 
     Raises
     ------
@@ -162,7 +165,7 @@ def read_function_log(path: str | os.PathLike[str]) -> Columns:
 class _Row:
     """One event line."""
 
-    __slots__ = ("caller", "comm", "cpu", "event", "fields", "function", "pid", "text", "tid", "time")
+    __slots__ = ("caller", "comm", "cpu", "event", "fields", "function", "in_interrupt", "pid", "text", "tid", "time")
 
     def __init__(self, match: re.Match[str], time: int) -> None:
         groups = match.groupdict()
@@ -172,6 +175,8 @@ class _Row:
         self.pid = int(pid) if pid and not pid.startswith("--") else -1
         # perf script without -F pid prints one number, the thread's
         self.tid = int(tid) if tid else self.pid
+        flags = groups.get("flags") or ""
+        self.in_interrupt = int(flags[2] in _INTERRUPT_FLAGS) if flags else -1
         self.event, self.text, self.function, self.caller = "", "", "", ""
         self.fields: dict[str, str] = {}
 
@@ -334,6 +339,7 @@ def _event_columns(rows: list[_Row], rank: np.ndarray, attrs: dict[str, Any]) ->
 def _function_columns(rows: list[_Row], attrs: dict[str, Any]) -> Columns:
     arrays, categories = _line_columns(rows)
     arrays["pid"] = arrays.pop("tid")  # a function log prints one number, and calls it PID
+    arrays["in_interrupt"] = np.array([row.in_interrupt for row in rows], np.int8)
     for name in ("function", "caller"):
         codes = _Codes()
         arrays[name] = np.array([codes.of(getattr(row, name)) for row in rows], np.int32)
