@@ -275,13 +275,22 @@ def show(
     run: Path,
     packet: Annotated[int | None, typer.Option(help="Frame number, as Wireshark shows it.")] = None,
     slowest: Annotated[int, typer.Option(help="List the N slowest packets instead.")] = 0,
+    functions: Annotated[
+        bool, typer.Option("--functions", help="The log of kernel functions by phase; RUN may be such a text file.")
+    ] = False,
 ) -> None:
     """Print the life of one packet, hop by hop."""
     from rxlab.dataset.run import open_run
     from rxlab.show.text import packet_life, slowest_packets
 
+    if functions:
+        from rxlab.pipeline import function_phases
+        from rxlab.show.functions import phases_text
+
+        print(phases_text(function_phases(run)))
+        return
     if packet is None and not slowest:
-        raise UsageError("nothing to show", expected="--packet N or --slowest N")
+        raise UsageError("nothing to show", expected="--packet N, --slowest N or --functions")
     tree = open_run(run).tree
     print(packet_life(tree, packet) if packet is not None else slowest_packets(tree, slowest))
 

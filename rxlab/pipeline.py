@@ -22,6 +22,7 @@ from rxlab.stages import EVENT_PRESETS
 if TYPE_CHECKING:
     from rxlab.dataset.run import Run
     from rxlab.follow.join import Joined
+    from rxlab.read.columns import Columns
 
 
 def open_run(path: str | os.PathLike[str]) -> Run:
@@ -376,6 +377,21 @@ def _analyze_and_report(
         run.analyze_in_place()
     say("writing the report")
     return write_report(runs, folder / "report.html", recorded=recorded)
+
+
+def function_phases(path: str | os.PathLike[str]) -> Columns:
+    """Return the phases of a run's function log, or of a text file with one (:func:`rxlab.follow.functionphases.find_phases`)."""
+    from rxlab.follow.functionphases import find_phases
+    from rxlab.read.tracetext import read_function_log
+
+    if Path(path).is_file():
+        return find_phases(read_function_log(path))
+    run = rundir.open_rundir(path)
+    if not run.has(rundir.FUNCTIONS_LOG):
+        raise FormatError(
+            "no function log in this run", where=str(path), do="Record one: rxlab capture --functions 'tcp_*,*socket*'."
+        )
+    return find_phases(read_function_log(run.file(rundir.FUNCTIONS_LOG)))
 
 
 def write_report(

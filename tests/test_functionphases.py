@@ -54,7 +54,16 @@ def test_each_context_is_followed_by_itself(spans) -> None:
 def test_durations_and_gaps_are_of_the_context(spans) -> None:
     assert (spans["end"] - spans["start"]).tolist() == [3_000, 11_000, 40_000, 0, 0, 0]
     assert spans["gap"].tolist() == [-1, 7_000, -1, 29_000, -1, 500_000_000]
-    assert spans["longest_gap"].tolist() == [2_000, 10_000, 40_000, 0, 0, 0]
+
+
+def test_a_pause_ends_a_span(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text(
+        "a-1 [000] 1.000000: tcp_poll <-sock_poll\na-1 [000] 1.000100: tcp_poll <-x\na-1 [000] 1.000201: tcp_poll <-x\n"
+    )
+    spans = find_phases(read_function_log(path))
+    assert (spans["calls"].tolist(), spans["gap"].tolist()) == ([2, 1], [-1, 101_000])
+    assert find_phases(read_function_log(path), pause_ns=10**9)["calls"].tolist() == [3]
 
 
 def test_no_call_is_lost_or_counted_twice(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from rxlab.read.columns import Columns
 from rxlab.stages import PHASES
 
 OTHER = "other"
+# Longer than any function of the stack runs on an idle CPU.
+PAUSE_NS = 100_000
 PHASE_NAMES = (*(phase.name for phase in PHASES), OTHER)
 _RULES = [
     (re.compile("|".join(fnmatch.translate(pattern) for pattern in phase.functions)), code)
@@ -28,21 +30,22 @@ def phase_of(function: str) -> int:
     return next((code for rule, code in _RULES if rule.match(function)), -1)
 
 
-def find_phases(calls: Columns) -> Columns:
-    """Cut a function log into spans of one phase in one context.
+def find_phases(calls: Columns, *, pause_ns: int = PAUSE_NS) -> Columns:
+    """Cut a function log into spans of one phase in one context, without a pause.
 
     Parameters
     ----------
     calls : Columns, dims (call,)
         From :func:`rxlab.read.tracetext.read_function_log`.
+    pause_ns : int
+        A longer time without a call ends a span: the task slept, or did what the log's filter leaves out.
 
     Returns
     -------
     Columns, dims (span,), in order of their start
         `phase` int8 (code into ``attrs["categories"]["phase"]``), `start` and `end` int64 ns of the log's clock: entry of its
         first and of its last function (the log has no returns, so the last one's own time is not in it); `calls` int32;
-        `gap` int64 ns since the last call of the same context, -1 for its first span; `longest_gap` int64 ns between two calls
-        inside; `cpu` int32 of the first call; `pid` int32 and `comm` int32 code of the task, -1 in an interrupt; `function`
+        `gap` int64 ns since the last call of the same context, -1 for its first span; `cpu` int32 of the first call; `pid` int32 and `comm` int32 code of the task, -1 in an interrupt; `function`
         int32 code of the first function.
     """
     context = _contexts(calls)
@@ -50,12 +53,10 @@ def find_phases(calls: Columns) -> Columns:
     context, time = context[order], calls["time"][order]
     by_function = np.array([phase_of(name) for name in calls.attrs["categories"]["function"]], np.int8)
     phase = _carried(by_function[calls["function"][order]], context)
-    first = np.flatnonzero(np.diff(context, prepend=-1) | np.diff(phase, prepend=-1))
-    last = np.append(first[1:], calls.n) - 1
     since = np.diff(time, prepend=time[:1])
     is_new = np.diff(context, prepend=-1) != 0
-    inside = since.copy()
-    inside[first] = 0
+    first = np.flatnonzero(is_new | (np.diff(phase, prepend=-1) != 0) | (since > pause_ns))
+    last = np.append(first[1:], calls.n) - 1
     head = order[first]
     in_task = calls["in_interrupt"][head] != 1
     spans = Columns(
@@ -65,7 +66,6 @@ def find_phases(calls: Columns) -> Columns:
             "end": time[last],
             "calls": (last - first + 1).astype(np.int32),
             "gap": np.where(is_new[first], -1, since[first]),
-            "longest_gap": np.maximum.reduceat(inside, first),
             "cpu": calls["cpu"][head],
             "pid": np.where(in_task, calls["pid"][head], -1).astype(np.int32),
             "comm": np.where(in_task, calls["comm"][head], -1).astype(np.int32),
