@@ -123,7 +123,10 @@ def capture(
     as_json: Json = False,
 ) -> None:
     """Record one run: kernel events, packets, clocks, counters, host."""
-    from rxlab.pipeline import flow_filter, function_patterns, parse_size, record_run
+    from rxlab.pipeline import record_run
+    from rxlab.record.functionrecord import parse_functions
+    from rxlab.record.pcaprecord import flow_filter
+    from rxlab.record.recording import parse_size
 
     load = {
         "proto": proto, "family": family, "messages": messages, "size": size, "flows": flows, "mode": mode, "rate": rate,
@@ -154,7 +157,7 @@ def capture(
             stamps=stamps,
             max_size=parse_size(max_size),
             idle=idle,
-            functions=function_patterns(functions),
+            functions=parse_functions(functions) if functions is not None else (),
             progress=progress,
         )
     if as_json:

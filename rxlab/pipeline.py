@@ -32,39 +32,6 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     return open_recorded(path)
 
 
-def flow_filter(bpf: str | None, flow: str | None) -> str | None:
-    """Return a BPF filter for one flow, given as ``PROTO:ADDRESS:PORT`` (``tcp:10.0.0.2:80``), added to another filter."""
-    if not flow:
-        return bpf
-    proto, _, rest = flow.partition(":")
-    address, _, port = rest.rpartition(":")
-    if proto not in ("tcp", "udp") or not port.isdigit():
-        raise UsageError(
-            "flow is not PROTO:ADDRESS:PORT", where="--flow", found=repr(flow), expected="e.g. tcp:10.0.0.2:80"
-        )
-    parts = [proto, f"port {port}"] + ([f"host {address.strip('[]')}"] if address else [])
-    return " and ".join(parts + ([f"({bpf})"] if bpf else []))
-
-
-def function_patterns(text: str | None) -> tuple[str, ...]:
-    """Return the patterns of ``--functions``; none without it."""
-    from rxlab.record.functionrecord import parse_functions
-
-    return parse_functions(text) if text is not None else ()
-
-
-def parse_size(text: str | None) -> int | None:
-    """Return bytes from text like ``500M`` or ``2G`` (powers of 1024)."""
-    if text is None:
-        return None
-    units = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
-    try:
-        return int(float(number) * units[unit])
-    except (ValueError, KeyError):
-        raise UsageError("not a size", found=repr(text), expected="e.g. 500M or 2G") from None
-
-
 def record_run(
     out: str | os.PathLike[str],
     *,

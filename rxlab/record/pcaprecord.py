@@ -244,3 +244,17 @@ def tool_version(tool: str) -> str:
         return ""
     lines = (finished.stdout + finished.stderr).splitlines()
     return lines[0].strip() if lines else ""
+
+
+def flow_filter(bpf: str | None, flow: str | None) -> str | None:
+    """Return a BPF filter for one flow, given as ``PROTO:ADDRESS:PORT`` (``tcp:10.0.0.2:80``), added to another filter."""
+    if not flow:
+        return bpf
+    proto, _, rest = flow.partition(":")
+    address, _, port = rest.rpartition(":")
+    if proto not in ("tcp", "udp") or not port.isdigit():
+        raise UsageError(
+            "flow is not PROTO:ADDRESS:PORT", where="--flow", found=repr(flow), expected="e.g. tcp:10.0.0.2:80"
+        )
+    parts = [proto, f"port {port}"] + ([f"host {address.strip('[]')}"] if address else [])
+    return " and ".join(parts + ([f"({bpf})"] if bpf else []))

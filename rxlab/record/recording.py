@@ -101,3 +101,15 @@ def check_tools(recording: Recording) -> None:
         tracing_folder()
     if recording.functions:
         check_functions()
+
+
+def parse_size(text: str | None) -> int | None:
+    """Return bytes from text like ``500M`` or ``2G`` (powers of 1024)."""
+    if text is None:
+        return None
+    units = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
+    try:
+        return int(float(number) * units[unit])
+    except (ValueError, KeyError):
+        raise UsageError("not a size", found=repr(text), expected="e.g. 500M or 2G") from None
