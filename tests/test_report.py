@@ -14,7 +14,7 @@ from report_builder import VERIFIED, make_runs
 
 from rxlab.dataset import store
 from rxlab.errors import RxlabError
-from rxlab.show import answer, report, trust
+from rxlab.show import answer, evidence, trust
 from rxlab.show.report import write_report
 
 
@@ -60,7 +60,7 @@ def html(runs, tmp_path_factory):
 @pytest.fixture
 def without_figures(monkeypatch):
     """Leave out the figures, whose drawing takes nearly all the time, where only words matter."""
-    monkeypatch.setattr(report, "_figures", lambda *_: iter(()))
+    monkeypatch.setattr(evidence, "draw_figures", lambda *_, **__: iter(()))
 
 
 def test_page_loads_nothing(html):
@@ -75,6 +75,12 @@ def test_page_loads_nothing(html):
     assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest|import\(", html)
     assert not {"link"} & set(page.tags) - {"link"}
     assert len(html) < 2_000_000
+
+
+def test_what_the_template_makes_is_markup_and_not_text(html):
+    page = _Page(html)
+    assert page.tags.count("figure") >= 10
+    assert not [text for text in page.text if re.search(r"</?(figure|td|small|br|tr)\b", text)]
 
 
 def test_trust_comes_first_then_the_answer_then_evidence(html):

@@ -75,9 +75,12 @@ class Comparison:
         ``"better"``, ``"worse"`` (B than A, at the corrected 5 % level) or ``"cannot tell"``.
     runs_a, runs_b : int
     more_repetitions : int or None
-        Repetitions of each configuration that a difference of this size would need, in all, to be seen 4 times of 5; None: unknown.
+        Repetitions of each configuration that a difference of this size would need, in all, to be seen 4 times of 5 at the corrected
+        level; None: unknown, or not passed through :func:`correct`.
     kind : str
         What the interval covers, as in :class:`Estimate`.
+    noise : float
+        Sum of the two sides' variances between runs, on the log scale.
     """
 
     quantile: float
@@ -96,6 +99,7 @@ class Comparison:
     runs_b: int
     more_repetitions: int | None
     kind: str
+    noise: float = np.nan
 
 
 @dataclass(frozen=True)
@@ -317,6 +321,7 @@ def compare_estimates(
     center_a, center_b = np.exp(centers)
     shift = centers[1] - centers[0]
     tail = 1 - (1 - confidence) / 2
+    noise = sum(float(log.var(ddof=1)) for log in logs) if min(n) >= MIN_REPETITIONS else np.nan
     half = raw_half = p_value = np.nan
     kind = "over repetitions"
     if min(n) >= MIN_REPETITIONS:
@@ -333,7 +338,7 @@ def compare_estimates(
     return Comparison(
         quantile, float(center_a), float(center_b), float(np.exp(shift)), float(np.exp(shift - half)), float(np.exp(shift + half)),
         float(difference), float(difference - raw_half), float(difference + raw_half),
-        p_value, p_value, CANNOT_TELL, n[0], n[1], _repetitions_needed(logs, shift, tail), kind,
+        p_value, p_value, CANNOT_TELL, n[0], n[1], None, kind, noise,
     )  # fmt: skip
 
 
@@ -353,15 +358,6 @@ def _within(sides: Sequence[Sequence[Estimate]]) -> tuple[float, float]:
     return float(np.hypot(logs[0], logs[1])), float(np.hypot(raws[0], raws[1]))
 
 
-def _repetitions_needed(logs: Sequence[np.ndarray], shift: float, tail: float) -> int | None:
-    if min(map(len, logs)) < MIN_REPETITIONS or shift == 0:
-        return None
-    variance = sum(float(log.var(ddof=1)) for log in logs)
-    reach = distributions.norm.ppf(tail) + distributions.norm.ppf(0.8)
-    # One more than the normal approximation asks for: t's price at small numbers.
-    return int(min(np.ceil(reach**2 * variance / shift**2) + 1, 10_000))
-
-
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return p values corrected for their number; NaN stay and do not count."""
     corrected = [np.nan] * len(p_values)
@@ -376,12 +372,24 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def correct(comparisons: Sequence[Comparison], *, level: float = 0.05) -> list[Comparison]:
     """Give verdicts to a family of comparisons, corrected for their number by Holm's procedure."""
     out = []
+    tested = sum(not np.isnan(comparison.p_value) for comparison in comparisons)
     for comparison, p_corrected in zip(comparisons, holm([c.p_value for c in comparisons]), strict=True):
         verdict = CANNOT_TELL
         if p_corrected < level:
             verdict = BETTER if comparison.ratio < 1 else WORSE
-        out.append(replace(comparison, p_corrected=p_corrected, verdict=verdict))
+        more = _more_repetitions(comparison, level / max(tested, 1), verdict)
+        out.append(replace(comparison, p_corrected=p_corrected, verdict=verdict, more_repetitions=more))
     return out
+
+
+def _more_repetitions(comparison: Comparison, level: float, verdict: str) -> int | None:
+    """Return how many repetitions in all would show a difference of this size 4 times of 5, at the corrected level."""
+    if np.isnan(comparison.p_value) or comparison.ratio == 1 or comparison.noise == 0:
+        return None
+    reach = special.ndtri(1 - level / 2) + special.ndtri(0.8)
+    # One more than the normal approximation asks for: t's price at small numbers.
+    needed = int(min(np.ceil(reach**2 * comparison.noise / np.log(comparison.ratio) ** 2) + 1, 10_000))
+    return max(needed, min(comparison.runs_a, comparison.runs_b) + 1) if verdict == CANNOT_TELL else needed
 
 
 def find_modes(values: np.ndarray, *, least_share: float = 0.05) -> list[Mode]:

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from rxlab.dataset import aggregate, explain, stats
+from rxlab.dataset import aggregate, effects, explain, stats
 from rxlab.dataset.stats import BETTER, CANNOT_TELL, WORSE, Comparison
-from rxlab.show.plots import microseconds
+from rxlab.show.costs import compare_cost
+from rxlab.show.style import MINUS, microseconds, quantile_words
 from rxlab.show.trust import AnalysedRun, workload_differences
 
 # The workload's own latencies, the one nearest to the receive path first.
@@ -38,6 +39,10 @@ class Pair:
         The verdict (corrected over all pairs) and, for the explanation, total_latency of the traced runs; may be empty.
     explanation : dict of float to Dataset
         Quantile -> contributions of the hops to the traced difference.
+    bias : explain.Bias or None
+        What recording adds to the difference.
+    cost : Comparison or None
+        The kernel's CPU time per message, untraced.
     """
 
     a: str
@@ -45,6 +50,8 @@ class Pair:
     untraced: list[Comparison]
     traced: list[Comparison]
     explanation: dict[float, xr.Dataset] = field(default_factory=dict)
+    bias: explain.Bias | None = None
+    cost: Comparison | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ def group_runs(runs: Iterable[Any]) -> dict[str, list[AnalysedRun]]:
     the configurations were asked for.
     """
     analysed = sorted(map(AnalysedRun.of, runs), key=lambda run: str((run.run.get("sweep") or {}).get("cell", "")))
-    configurations = [run.run.get("configuration") or {} for run in analysed]
+    configurations = configurations_of(analysed)
     varied = aggregate.varied_settings(configurations)
     groups: dict[str, list[AnalysedRun]] = {}
     for run, configuration, workload in zip(analysed, configurations, workload_differences(analysed), strict=True):
@@ -72,6 +79,16 @@ def group_runs(runs: Iterable[Any]) -> dict[str, list[AnalysedRun]]:
         label = ", ".join([label or "host as it is", *(f"{name}={value}" for name, value in workload.items())])
         groups.setdefault(label, []).append(run)
     return groups
+
+
+def configurations_of(runs: Sequence[AnalysedRun]) -> list[dict[str, Any]]:
+    """Return each run's configuration: in a sweep with named axes by its labels, else the settings themselves."""
+    labels = [(run.run.get("sweep") or {}).get("labels") for run in runs]
+    return (
+        [dict(label) for label in labels if label]
+        if all(labels)
+        else [run.run.get("configuration") or {} for run in runs]
+    )
 
 
 def choose_metric(groups: Mapping[str, Sequence[AnalysedRun]]) -> str | None:
@@ -94,7 +111,7 @@ def latencies(runs: Sequence[AnalysedRun], metric: str | None, arms: Sequence[st
 
 def traced_trees(runs: Sequence[AnalysedRun]) -> list[xr.DataTree]:
     """Return the datasets of the traced runs that have at least one packet with a total latency."""
-    return [run.tree for run in runs if run.is_traced and len(stats.hop_values(run.tree, "total_latency"))]
+    return [run.tree for run in runs if run.can_explain]
 
 
 def compare_all(groups: Mapping[str, Sequence[AnalysedRun]], metric: str | None) -> list[Pair]:
@@ -113,7 +130,11 @@ def compare_all(groups: Mapping[str, Sequence[AnalysedRun]], metric: str | None)
         if trees[first] and trees[label]:
             totals = [[stats.hop_values(tree, "total_latency") for tree in trees[name]] for name in (first, label)]
             traced = stats.compare(*totals)
-        pairs.append(Pair(first, label, untraced, traced))
+        both = [
+            [latencies(groups[name], metric, arms) for arms in (("untraced",), TRACED_ARMS)] for name in (first, label)
+        ]
+        bias = explain.tracing_bias((both[0][0], both[0][1]), (both[1][0], both[1][1]))
+        pairs.append(Pair(first, label, untraced, traced, bias=bias, cost=compare_cost(groups[first], groups[label])))
     flat = stats.correct([comparison for pair in pairs for comparison in pair.untraced])
     corrected = []
     for pair in pairs:
@@ -124,21 +145,61 @@ def compare_all(groups: Mapping[str, Sequence[AnalysedRun]], metric: str | None)
     return corrected
 
 
+def rank_groups(
+    groups: Mapping[str, Sequence[AnalysedRun]], pairs: Sequence[Pair], metric: str | None, *, quantile: float = 0.5
+) -> list[effects.Rank]:
+    """Rank three or more configurations of one workload by a quantile of their untraced runs; empty otherwise."""
+    if len(pairs) < 2 or len({pair.a for pair in pairs}) > 1:
+        return []
+    values = {label: quantiles_of(latencies(runs, metric, ("untraced",)), quantile) for label, runs in groups.items()}
+    return effects.rank(values, quantile=quantile)
+
+
+def quantiles_of(runs: Sequence[np.ndarray], quantile: float) -> list[float]:
+    """Return one quantile of each run, ns."""
+    return [stats.quantile_interval(run, quantile).value for run in runs]
+
+
+def lay_out(
+    groups: Mapping[str, Sequence[AnalysedRun]], metric: str | None, *, quantile: float = 0.5
+) -> xr.DataArray | None:
+    """Lay a quantile of the untraced runs out over the settings that varied; None where none or only one workload's did.
+
+    Returns
+    -------
+    DataArray or None
+        dims (settings..., repetition), ns; NaN where a combination has no such run.
+    """
+    runs = [run for group in groups.values() for run in group if run.arm == "untraced"]
+    if not runs or any(workload_differences(runs)):
+        return None
+    configurations = configurations_of(runs)
+    axes = aggregate.varied_settings(configurations)
+    found: dict[tuple[str, ...], list[float]] = {}
+    for run, configuration in zip(runs, configurations, strict=True):
+        if metric and (values := run.workload_latency(metric)) is not None:
+            key = tuple(str(configuration.get(name, "")) for name in axes)
+            found.setdefault(key, []).append(stats.quantile_interval(values, quantile).value)
+    if not axes or not found:
+        return None
+    shape = (*map(len, axes.values()), max(map(len, found.values())))
+    table = np.full(shape, np.nan)
+    for key, row in found.items():
+        place = tuple(labels.index(label) for labels, label in zip(axes.values(), key, strict=True))
+        table[place][: len(row)] = row
+    return xr.DataArray(table, dims=(*axes, "repetition"), coords=axes, attrs={"units": "ns"})
+
+
 def deciding(untraced: Sequence[Comparison]) -> Comparison:
     """Return the comparison the verdict comes from: the median's, else the tail's, else any that tells; else the median's."""
     order = (untraced[0], untraced[-1], *untraced[1:-1])
     return next((comparison for comparison in order if comparison.verdict != CANNOT_TELL), untraced[0])
 
 
-def quantile_name(level: float) -> str:
-    """Return how a quantile is called in a sentence."""
-    return "median" if level == 0.5 else f"p{100 * level:g}"
-
-
 def percent(ratio: float) -> str:
     """Return a ratio as a signed change: 1.21 -> ``+21 %``, 0.995 -> minus half a percent with a real minus sign."""
     change = 100 * (ratio - 1)
-    return (f"{change:+.1f} %" if abs(change) < 9.95 else f"{change:+.0f} %").replace("-", "\N{MINUS SIGN}")
+    return (f"{change:+.1f} %" if abs(change) < 9.95 else f"{change:+.0f} %").replace("-", MINUS)
 
 
 def comparison_words(comparison: Comparison) -> str:
@@ -163,7 +224,7 @@ def comparison_words(comparison: Comparison) -> str:
 def give_answer(groups: Mapping[str, Sequence[AnalysedRun]], pairs: Sequence[Pair], metric: str | None) -> Answer:
     """Return the report's answer for any number of configurations."""
     if len(pairs) > 1:
-        given = _answer_many(pairs, metric)
+        given = _answer_many(pairs, metric, rank_groups(groups, pairs, metric))
     elif pairs:
         given = _answer_pair(pairs[0], metric)
     else:
@@ -192,19 +253,27 @@ def _answer_pair(pair: Pair, metric: str | None) -> Answer:
     else:
         slowest = f"the slowest {100 * (1 - decided.quantile):.3g} % is {_word(decided.verdict)} than with {pair.a}"
         sentence = (
-            f"With {pair.b} {slowest}: {quantile_name(decided.quantile)} {comparison_words(decided)}. "
+            f"With {pair.b} {slowest}: {quantile_words(decided.quantile)} {comparison_words(decided)}. "
             "The median does not tell them apart."
         )
     if decided is not tail:
         more.insert(
             0,
-            f"The p99 goes {comparison_words(tail)}: {'cannot tell' if tail.verdict == CANNOT_TELL else _word(tail.verdict)}.",
+            f"The p99 goes {comparison_words(tail)}: {_verdict_words(tail)}.",
         )
     verdicts = {c.verdict for c in pair.untraced} - {CANNOT_TELL}
     tone = {frozenset(): "cannot", frozenset({BETTER}): "better", frozenset({WORSE}): "worse"}.get(
         frozenset(verdicts), "mixed"
     )
-    return Answer(sentence, tone, more + _explain(pair))
+    return Answer(sentence, tone, more + _cost(pair) + _explain(pair))
+
+
+def _cost(pair: Pair) -> list[str]:
+    """Return what the configuration costs the CPUs."""
+    if pair.cost is None:
+        return []
+    word = {BETTER: "cheaper", WORSE: "dearer", CANNOT_TELL: "cannot tell"}[pair.cost.verdict]
+    return [f"CPU cost: a message takes {comparison_words(pair.cost)} of CPU time in the kernel: {word}."]
 
 
 def _what_it_takes(median: Comparison) -> list[str]:
@@ -227,6 +296,13 @@ def _what_it_takes(median: Comparison) -> list[str]:
     return []
 
 
+def _verdict_words(comparison: Comparison) -> str:
+    if comparison.verdict != CANNOT_TELL:
+        return _word(comparison.verdict)
+    is_lone = comparison.ratio_high < 1 or comparison.ratio_low > 1
+    return "cannot tell, once corrected for the number of comparisons made" if is_lone else "cannot tell"
+
+
 def _word(verdict: str) -> str:
     return "faster" if verdict == BETTER else "slower"
 
@@ -242,15 +318,31 @@ def _explain(pair: Pair) -> list[str]:
     order = np.argsort(-np.abs(explanation["difference"].values))[:3]
     parts = [f"{explanation['hop'].values[i]} {_signed(float(explanation['difference'].values[i]))}" for i in order]
     lines = [
-        f"Explanation from the traced runs: the {quantile_name(level)} packet takes {microseconds(abs(total))} {'longer' if total > 0 else 'less'} from the first kernel stage to recvmsg; the hops that carry most of it are {', '.join(parts)}."
+        f"Explanation from the traced runs: the {quantile_words(level)} packet takes {microseconds(abs(total))} {'longer' if total > 0 else 'less'} from the first kernel stage to recvmsg; the hops that carry most of it are {', '.join(parts)}."
     ]
+    if pair.bias is not None:
+        lines += _bias_words(pair.bias)
     if decided:
         lines.append(_agreement(decided, next(c for c in pair.traced if c.quantile == level)))
     return lines
 
 
+def _bias_words(bias: explain.Bias) -> list[str]:
+    if not bias.is_large:
+        return []
+    share = (
+        "there is no effect without tracing to compare it with"
+        if not np.isfinite(bias.share)
+        else f"{100 * bias.share:.0f} % of the effect seen without tracing ({_signed(bias.effect)})"
+    )
+    interval = f" (95 % interval {_signed(bias.low)} to {_signed(bias.high)})" if np.isfinite(bias.low) else ""
+    return [
+        f"Recording itself adds {_signed(bias.bias)}{interval} to the difference of the medians, {share}: the hops' sizes below are biased by that, their order less so."
+    ]
+
+
 def _signed(ns: float) -> str:
-    return ("+" if ns >= 0 else "\N{MINUS SIGN}") + microseconds(abs(ns))
+    return ("+" if ns >= 0 else MINUS) + microseconds(abs(ns))
 
 
 def _agreement(untraced: Comparison, traced: Comparison) -> str:
@@ -258,11 +350,11 @@ def _agreement(untraced: Comparison, traced: Comparison) -> str:
         return "The untraced runs do not tell the configurations apart, so the traced difference explains no verdict; it includes the cost of recording."
     is_same = (untraced.ratio < 1) == (traced.ratio < 1)
     if is_same:
-        return f"Traced and untraced runs agree on the direction of the {quantile_name(untraced.quantile)}."
-    return f"Traced and untraced runs DISAGREE on the direction of the {quantile_name(untraced.quantile)}: recording adds time where it adds events, so trust the untraced verdict and not the explanation."
+        return f"Traced and untraced runs agree on the direction of the {quantile_words(untraced.quantile)}."
+    return f"Traced and untraced runs DISAGREE on the direction of the {quantile_words(untraced.quantile)}: recording adds time where it adds events, so trust the untraced verdict and not the explanation."
 
 
-def _answer_many(pairs: Sequence[Pair], metric: str | None) -> Answer:
+def _answer_many(pairs: Sequence[Pair], metric: str | None, ranks: Sequence[effects.Rank]) -> Answer:
     known = [pair for pair in pairs if pair.untraced]
     if not known:
         return Answer("No verdict: there are no untraced runs of the configurations.", "none", [])
@@ -276,11 +368,29 @@ def _answer_many(pairs: Sequence[Pair], metric: str | None) -> Answer:
             else f"Of {len(pairs)} comparisons within a workload {best.b} gains most in the median"
         )
         sentence = f"{first}: {comparison_words(best.untraced[0])} against {best.a}."
-        return Answer(sentence, "better", more + _explain(best))
+        return Answer(sentence, "better", _runner_up(ranks) + more + _cost(best) + _explain(best))
     worse = sum(pair.untraced[0].verdict == WORSE for pair in known)
     baseline = known[0].a if len({pair.a for pair in pairs}) == 1 else "its baseline"
-    sentence = f"No configuration has a lower median than {baseline}: {worse} of {len(known)} are slower, the others cannot be told from it."
-    return Answer(sentence, "worse" if worse == len(known) else "cannot", more)
+    others = "" if worse == len(known) else ", the others cannot be told from it"
+    sentence = f"No configuration has a lower median than {baseline}: {worse} of {len(known)} are slower{others}."
+    return Answer(sentence, "baseline" if worse == len(known) else "cannot", _runner_up(ranks) + more)
+
+
+def _runner_up(ranks: Sequence[effects.Rank]) -> list[str]:
+    """Return who comes second, and which configurations may be the fastest."""
+    if len(ranks) < 2 or ranks[1].against_best is None:
+        return []
+    second = ranks[1].against_best
+    told = (
+        "is slower"
+        if second.verdict == WORSE
+        else "cannot be told from it once all pairs of configurations are corrected together"
+    )
+    lines = [f"Runner-up to {ranks[0].label} is {ranks[1].label}, which {told}: {comparison_words(second)}."]
+    rivals = [one.label for one in ranks if one.first == 1]
+    if len(rivals) > 2:
+        lines.append(f"These {len(rivals)} cannot be told from the fastest: {', '.join(rivals)}.")
+    return lines
 
 
 def _answer_single(groups: Mapping[str, Sequence[AnalysedRun]]) -> Answer:

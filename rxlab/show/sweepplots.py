@@ -48,7 +48,7 @@ def plot_heatmap(
     table = values.transpose(*settings, "repetition").values
     cells = [[stats.over_repetitions(runs[np.isfinite(runs)]) for runs in row] for row in table]
     means = np.array([[cell.value for cell in row] for row in cells]) / 1e3
-    figure, axes = new_axes(max(1.45 * means.shape[1] + 2.6, 5.0), 0.72 * means.shape[0] + 1.5)
+    figure, axes = new_axes(8.2, 0.62 * means.shape[0] + 1.4)
     # Latencies span decades: equal steps of colour are equal ratios. Cividis reads the same for all eyes, and in grey.
     low, high = float(np.nanmin(np.log10(means))), float(np.nanmax(np.log10(means)))
     if high - low < LEAST_SPAN:  # noise must not look like an effect

@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from rxlab.dataset import stats
-from rxlab.show.plots import microseconds
+from rxlab.dataset import effects, stats
+from rxlab.show.style import MINUS, microseconds
 from rxlab.stages import STATUSES
 
 GOOD, INFO, WARN, BAD, NONE = "good", "info", "warn", "bad", "none"
 _SEVERITY = {NONE: 0, INFO: 0, GOOD: 1, WARN: 2, BAD: 3}
 TESTBED_WARNING = "testbed: not transferable to a NIC"
 RECORDED_NOTE = "recorded data, not this machine"
+WORKLOAD_LATENCIES = ("one_way_latency", "round_trip_latency")
+CONFOUNDED = 0.6  # share of the runs' order that their configurations explain: shuffled runs have less
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,11 @@ class AnalysedRun:
     @property
     def is_traced(self) -> bool:
         return "packets" in self.tree.children
+
+    @cached_property
+    def can_explain(self) -> bool:
+        """Whether at least one packet was followed to its end."""
+        return self.is_traced and len(stats.hop_values(self.tree, "total_latency")) > 0
 
     @property
     def gates(self) -> dict[str, Any]:
@@ -117,7 +125,7 @@ def trust_panel(runs: Sequence[AnalysedRun], *, recorded: bool, overhead: Sequen
         Median latency of the workload, traced over untraced.
     """
     traced = [run for run in runs if run.is_traced]
-    checks = [_origin(runs, recorded), _ended(runs), _repetitions(runs)]
+    checks = [_origin(runs, recorded), _ended(runs), _repetitions(runs), _order(runs)]
     if traced:
         checks += [
             _verified(traced),
@@ -190,6 +198,46 @@ def _repetitions(runs: Sequence[AnalysedRun]) -> Check:
         else ": intervals are wide below 5"
     )
     return Check("Untraced repetitions", GOOD if least >= 5 else WARN, f"{least} per configuration{note}")
+
+
+def _order(runs: Sequence[AnalysedRun]) -> Check:
+    """Tell whether the machine drifted over the experiment, or a run left something to the next one."""
+    name = "Order of the runs"
+    untraced = [run for run in runs if run.arm == "untraced" and run.run.get("start_ns")]
+    for metric in WORKLOAD_LATENCIES:
+        values = [run.workload_latency(metric) for run in untraced]
+        if untraced and all(value is not None for value in values):
+            break
+    else:
+        return Check(name, NONE, "nothing to check it with: no untraced runs with latencies of their own")
+    labels = [json.dumps(run.run.get("configuration") or {}, sort_keys=True) for run in untraced]
+    labels = [
+        label + json.dumps(workload) for label, workload in zip(labels, workload_differences(untraced), strict=True)
+    ]
+    medians = [stats.quantile_interval(value, 0.5).value for value in values if value is not None]
+    found = effects.check_order(labels, [int(run.run["start_ns"]) for run in untraced], medians)
+    return _order_words(name, found, len(set(labels)))
+
+
+def _order_words(name: str, found: effects.Order, configurations: int) -> Check:
+    if found.confounded > CONFOUNDED and configurations > 1:
+        text = (
+            "the configurations were recorded one after the other, so a drift of the machine would look like an effect"
+        )
+        return Check(name, WARN, f"{text}; 'rxlab compare' and 'rxlab sweep' shuffle them")
+    if not found.is_known:
+        return Check(name, NONE, f"too few runs to see a drift ({found.runs})")
+    change = [f"{100 * (ratio - 1):+.1f} %".replace("-", MINUS) for ratio in (found.drift, found.low, found.high)]
+    drift = f"{change[0]} from the first run to the last (95 % interval {change[1]} to {change[2]})"
+    if found.p_drift < effects.LEVEL:
+        return Check(
+            name, WARN, f"latency drifts: {drift}. The runs are shuffled, so this widens intervals and favours nobody"
+        )
+    if found.p_carry < effects.LEVEL:
+        return Check(
+            name, WARN, f"a run depends on the configuration before it (p = {found.p_carry:.2g}); no drift: {drift}"
+        )
+    return Check(name, GOOD, f"no drift shown by {found.runs} untraced runs: {drift}")
 
 
 def _verified(runs: Sequence[AnalysedRun]) -> Check:
@@ -324,7 +372,7 @@ def _counters(runs: Sequence[AnalysedRun]) -> Check:
 def _overhead(overhead: Sequence[tuple[str, float]]) -> Check:
     if not overhead:
         return Check("Cost of recording", NONE, "no untraced and traced run of one configuration to compare")
-    text = ", ".join(f"{label}: ×{ratio:.2f}" for label, ratio in overhead)
+    text = "; ".join(f"{label}: ×{ratio:.2f}" for label, ratio in overhead)
     return Check(
         "Cost of recording",
         INFO,
@@ -358,7 +406,7 @@ def run_rows(runs: Sequence[AnalysedRun], labels: Sequence[str]) -> list[dict[st
             "misjoined": None,
             "lost": None,
         }
-        for name in ("one_way_latency", "round_trip_latency"):
+        for name in WORKLOAD_LATENCIES:
             values = run.workload_latency(name)
             row[name] = None if values is None else stats.quantile_interval(values, 0.5).value
         if run.is_traced:
