@@ -320,28 +320,30 @@ def report(
     reveal: Annotated[
         bool, typer.Option("--reveal", help="Real addresses and host names instead of pseudonyms.")
     ] = False,
+    notebook: Annotated[bool, typer.Option(help="Also the executed notebook, beside the page.")] = True,
 ) -> None:
-    """Write one self-contained HTML page about runs."""
+    """Write one self-contained HTML page about runs, and the executed notebook of its analysis."""
     from rxlab.pipeline import report_runs
 
     with _working("writing the report"):
-        written = report_runs(runs, out, reveal=reveal)
-    print(f"report: {written}")
+        written = report_runs(runs, out, reveal=reveal, notebook=notebook)
+    print("\n".join(f"{kind}: {path}" for kind, path in written.items()))
 
 
 @app.command()
 def export(
     run: Path,
-    to: Annotated[str, typer.Option("--to", help="pyperf, parquet, csv, pcapng or perfetto.")],
+    to: Annotated[str, typer.Option("--to", help="pyperf, parquet, csv, netcdf, pcapng or perfetto.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="File to write.")],
     reveal: Annotated[
-        bool, typer.Option("--reveal", help="pcapng: packets as recorded, not pseudonyms without payload.")
+        bool, typer.Option("--reveal", help="As recorded: no pseudonyms for addresses and hosts; pcapng with payload.")
     ] = False,
+    hide_tasks: Annotated[bool, typer.Option("--hide-tasks", help="Pseudonyms for task names too.")] = False,
 ) -> None:
-    """Write a run for another tool: pyperf suite, table, Wireshark with comments, ui.perfetto.dev."""
+    """Write a run for another tool or to give away: pyperf, table, dataset, Wireshark with comments, ui.perfetto.dev."""
     from rxlab.show.exports import export_run
 
-    print(export_run(run, to, out, reveal=reveal))
+    print(export_run(run, to, out, reveal=reveal, hide_tasks=hide_tasks))
 
 
 @app.command()

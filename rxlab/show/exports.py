@@ -19,32 +19,55 @@ from rxlab.errors import RxlabError, UsageError
 from rxlab.show.answer import METRICS
 from rxlab.show.pcapng import to_pcapng
 from rxlab.show.perfetto import to_perfetto
+from rxlab.show.redact import Redactor
+from rxlab.show.share import redact_tree, task_names, write_dataset
 from rxlab.show.trust import AnalysedRun
 
 # pyperf keeps every value as JSON text; its estimators need no more than this many of a run.
 MAX_VALUES = 10_000
-EXPORTS = ("pyperf", "parquet", "csv", "pcapng", "perfetto")
+EXPORTS = ("pyperf", "parquet", "csv", "netcdf", "pcapng", "perfetto")
 
 
-def export_run(path: str | os.PathLike[str], to: str, out: str | os.PathLike[str], *, reveal: bool = False) -> Path:
+def export_run(
+    path: str | os.PathLike[str],
+    to: str,
+    out: str | os.PathLike[str],
+    *,
+    reveal: bool = False,
+    hide_tasks: bool = False,
+) -> Path:
     """Write a recorded run for another tool: one of `EXPORTS`.
 
-    `reveal` keeps the packets of a pcapng as recorded; the others hold no network addresses.
+    `reveal` keeps what identifies hosts and networks as recorded; `hide_tasks` replaces the names of tasks too.
     """
     if to not in EXPORTS:
         raise UsageError("unknown export", where="--to", found=repr(to), expected=", ".join(EXPORTS))
+    if reveal and hide_tasks:
+        raise UsageError("to reveal and to hide at once", found="--reveal --hide-tasks", expected="one of them")
     run, target = open_run(path), Path(out)
+    redactor = None
+    if not reveal:
+        redactor = Redactor.of_hosts([run.host], tasks=task_names(run.tree) if hide_tasks else ())
     if to == "pyperf":
-        return to_pyperf([run], target)
+        return to_pyperf([run], target, redactor=redactor)
+    if to == "netcdf":
+        return write_dataset(run.tree, target, redactor)
     if to == "pcapng":
-        return to_pcapng(run, target, reveal=reveal)
+        return to_pcapng(run, target, reveal=reveal, redactor=redactor)
+    tree = run.tree if redactor is None or "packets" not in run.tree.children else redact_tree(run.tree, redactor)
     if to == "perfetto":
-        return to_perfetto(run.tree, target)
+        return to_perfetto(tree, target)
     wanted = "." + to
-    return to_table(run.tree, target if target.suffix == wanted else target.with_suffix(wanted))
+    return to_table(tree, target if target.suffix == wanted else target.with_suffix(wanted))
 
 
-def to_pyperf(runs: Sequence[Any], path: str | os.PathLike[str], *, hops: Sequence[str] = ("total_latency",)) -> Path:
+def to_pyperf(
+    runs: Sequence[Any],
+    path: str | os.PathLike[str],
+    *,
+    hops: Sequence[str] = ("total_latency",),
+    redactor: Redactor | None = None,
+) -> Path:
     """Write the latencies of the repetitions of one configuration as a pyperf suite.
 
     ``python -m pyperf compare_to A.json B.json``, ``hist`` and ``stats`` read it. One benchmark per workload latency and per
@@ -61,7 +84,7 @@ def to_pyperf(runs: Sequence[Any], path: str | os.PathLike[str], *, hops: Sequen
     for name in (*METRICS, *hops):
         series = [(run, values) for run in analysed if (values := _latencies(run, name)) is not None and len(values)]
         if series:
-            benchmarks.append(pyperf.Benchmark([_pyperf_run(name, run, values) for run, values in series]))
+            benchmarks.append(pyperf.Benchmark([_pyperf_run(name, run, values, redactor) for run, values in series]))
     if not benchmarks:
         raise RxlabError("nothing to export", found="no latencies in these runs", expected=", ".join((*METRICS, *hops)))
     target = Path(path)
@@ -75,14 +98,15 @@ def _latencies(run: AnalysedRun, name: str) -> np.ndarray | None:
     return stats.hop_values(run.tree, name) if run.is_traced else None
 
 
-def _pyperf_run(name: str, run: AnalysedRun, values: np.ndarray) -> pyperf.Run:
+def _pyperf_run(name: str, run: AnalysedRun, values: np.ndarray, redactor: Redactor | None) -> pyperf.Run:
     spaced = values[np.linspace(0, len(values) - 1, min(len(values), MAX_VALUES)).astype(np.int64)]
     # A backward hop is no duration; pyperf refuses it.
     seconds = [float(value) / 1e9 for value in spaced if value > 0]
+    described = json.dumps(run.run.get("configuration") or {}, sort_keys=True)
     metadata: Mapping[str, Any] = {
         "name": name,
         "unit": "second",
-        "description": json.dumps(run.run.get("configuration") or {}, sort_keys=True),
+        "description": described if redactor is None else redactor.text(described),
     }
     return pyperf.Run(seconds, metadata=dict(metadata), collect_metadata=False)
 

@@ -54,8 +54,9 @@ def to_pcapng(
         )
     assert run.rundir.pcap is not None
     reader, _ = open_reader(run.rundir.pcap)
-    stories, row_of_frame = tell_stories(run.tree)
-    pseudonyms = None if reveal else Pseudonyms(redactor or Redactor.of_hosts([run.host]))
+    redactor = None if reveal else redactor or Redactor.of_hosts([run.host])
+    stories, row_of_frame = tell_stories(run.tree, redactor)
+    pseudonyms = None if redactor is None else Pseudonyms(redactor)
     target, written = Path(path), 0
     with open(target, "wb") as stream:
         stream.write(_section_header())
@@ -106,7 +107,7 @@ def _longest(stories: Stories) -> int:
     return stories.phrases.shape[1] * (word + number) + len(STAGE_NAMES) * (word + 2 * number)
 
 
-def tell_stories(tree: xr.DataTree) -> tuple[Stories, np.ndarray]:
+def tell_stories(tree: xr.DataTree, redactor: Redactor | None = None) -> tuple[Stories, np.ndarray]:
     """Return what to say of each row of /packets, and the row of each frame number.
 
     The last row is that of packets which were not followed; `row_of_frame` gives it for their frames.
@@ -120,7 +121,7 @@ def tell_stories(tree: xr.DataTree) -> tuple[Stories, np.ndarray]:
         column, found = packets[name].values, np.full(n + 1, -1, np.int64)
         for code, word in words.items():
             found[:n][column == code] = len(vocabulary)
-            vocabulary.append(prefix + word)
+            vocabulary.append(prefix + (word if redactor is None else redactor.text(word)))
         return found
 
     phrases = np.full((n + 1, len(PHRASES)), -1, np.int64)

@@ -29,18 +29,23 @@ class Redactor:
         Secret of this set of pseudonyms; by default a new random one.
     hosts : sequence of str
         Host names to replace wherever they stand as a word.
+    tasks : sequence of str
+        Task names to replace too: they stay unless asked.
     """
 
-    def __init__(self, key: bytes | None = None, hosts: Sequence[str] = ()) -> None:
+    def __init__(self, key: bytes | None = None, hosts: Sequence[str] = (), tasks: Sequence[str] = ()) -> None:
         self._key = key or secrets.token_bytes(32)
         self._hosts = {name: f"host-{index}" for index, name in enumerate(dict.fromkeys(filter(None, hosts)), start=1)}
+        self._tasks = {name: f"task-{index}" for index, name in enumerate(dict.fromkeys(filter(None, tasks)), start=1)}
 
     @classmethod
-    def of_hosts(cls, hosts: Sequence[Mapping[str, Any]], key: bytes | None = None) -> Redactor:
+    def of_hosts(
+        cls, hosts: Sequence[Mapping[str, Any]], key: bytes | None = None, tasks: Sequence[str] = ()
+    ) -> Redactor:
         """Return a redactor that knows the names in these host.json contents."""
         names = [str(host.get("hostname") or "") for host in hosts]
         # A short name inside a fully qualified one would leave the domain readable: longest first.
-        return cls(key, sorted({*names, *(name.split(".")[0] for name in names)}, key=len, reverse=True))
+        return cls(key, sorted({*names, *(name.split(".")[0] for name in names)}, key=len, reverse=True), tasks)
 
     def text(self, value: Any) -> str:
         """Return the value as text with everything identifying replaced."""
@@ -48,9 +53,19 @@ class Redactor:
         text = _MAC.sub(lambda found: self.mac(found[0]), text)
         text = _IPV4.sub(lambda found: self.address(found[0]), text)
         text = _IPV6.sub(lambda found: self.address(found[0]), text)
-        for name, pseudonym in self._hosts.items():
+        for name, pseudonym in (*self._hosts.items(), *self._tasks.items()):
             text = re.sub(rf"(?<![\w-]){re.escape(name)}(?![\w-])", pseudonym, text)
         return text
+
+    def values(self, content: Any) -> Any:
+        """Return JSON-like content with every text in it redacted, keys too."""
+        if isinstance(content, str):
+            return self.text(content)
+        if isinstance(content, Mapping):
+            return {self.text(key): self.values(value) for key, value in content.items()}
+        if isinstance(content, list | tuple):
+            return [self.values(value) for value in content]
+        return content
 
     def address(self, text: str) -> str:
         """Return the pseudonym of an IPv4 or IPv6 address; anything else, loopback and unspecified stay."""

@@ -1,0 +1,114 @@
+"""What is given to others besides the page: a run's dataset and the executed notebook, without what identifies a network.
+
+Texts are redacted wherever they stand (attributes, labels, outputs of cells), so nothing has to be listed and nothing new can be
+forgotten. Kernel addresses of skbs and sockets become numbers: they tell the layout of the kernel's memory, and only which of
+them are equal matters.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from rxlab.dataset import schema
+from rxlab.dataset.store import save
+from rxlab.errors import RxlabError
+from rxlab.show.redact import Redactor
+
+NOTEBOOK = "99_report.ipynb"
+KERNEL_ADDRESSES = ("skb", "socket")
+CELL_TIMEOUT = 600
+
+
+def task_names(tree: xr.DataTree) -> list[str]:
+    """Return the names of the tasks in a run."""
+    if "packets" not in tree.children or "flag_meanings" not in tree["packets"]["comm"].attrs:
+        return []
+    return sorted(schema.meanings(tree["packets"].to_dataset()["comm"]).values(), key=len, reverse=True)
+
+
+def redact_tree(tree: xr.DataTree, redactor: Redactor) -> xr.DataTree:
+    """Return a run's dataset with pseudonyms for addresses, MACs and host names, and numbers for kernel addresses."""
+    groups = {node.path: _redact_group(node.to_dataset(inherit=False), redactor) for node in tree.subtree}
+    return xr.DataTree.from_dict(groups)
+
+
+def _redact_group(group: xr.Dataset, redactor: Redactor) -> xr.Dataset:
+    changed: dict[str, Any] = {}
+    for name, array in group.variables.items():
+        values: Any = array
+        if array.dtype.kind in "OUT":
+            words = np.array([redactor.text(word) for word in np.ravel(array.values)], dtype=object)
+            values = array.copy(data=words.reshape(array.shape))
+        elif name in KERNEL_ADDRESSES and array.dtype.kind == "u":
+            values = array.copy(data=_numbered(array.values))
+        values = values.copy(deep=False)
+        values.attrs = redactor.values(array.attrs)
+        changed[str(name)] = values
+    redacted = group.assign({name: values for name, values in changed.items() if name not in group.coords})
+    redacted = redacted.assign_coords({name: values for name, values in changed.items() if name in group.coords})
+    return redacted.assign_attrs(redactor.values(group.attrs))
+
+
+def _numbered(addresses: np.ndarray) -> np.ndarray:
+    """Return 1, 2, ... for addresses in order of appearance, 0 for none."""
+    found, first, code = np.unique(addresses, return_index=True, return_inverse=True)
+    rank = np.empty(len(found), np.uint64)
+    rank[np.argsort(first, kind="stable")] = np.arange(1, len(found) + 1, dtype=np.uint64)
+    return np.where(addresses == 0, np.uint64(0), rank[code.reshape(addresses.shape)])
+
+
+def write_dataset(tree: xr.DataTree, path: str | os.PathLike[str], redactor: Redactor | None) -> Path:
+    """Write a run's dataset to give away; as it is where `redactor` is None."""
+    shared = tree if redactor is None else redact_tree(tree, redactor)
+    schema.validate(shared)
+    return save(shared, path)
+
+
+def write_notebook(
+    runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], redactor: Redactor | None
+) -> Path:
+    """Execute the report notebook on runs, in a kernel of its own, and write it with its outputs.
+
+    Parameters
+    ----------
+    runs : sequence of path-like
+        Run directories, or folders of them.
+    redactor : Redactor or None
+        Of the texts of all cells and outputs, the parameters too.
+    """
+    import nbformat
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
+    from papermill.iorw import load_notebook_node
+    from papermill.parameterize import parameterize_notebook
+
+    notebook = load_notebook_node(str(files("rxlab.show") / "templates" / NOTEBOOK))
+    notebook.metadata.kernelspec.name = "python3"
+    given = {"runs": [str(Path(run).resolve()) for run in runs], "out": None, "reveal": redactor is None}
+    notebook = parameterize_notebook(notebook, given)
+    target = Path(out)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    client = NotebookClient(
+        notebook,
+        timeout=CELL_TIMEOUT,
+        resources={"metadata": {"path": str(target.resolve().parent)}},
+        extra_arguments=["--IPKernelApp.log_level=40"],  # its word about loopback being readable for root
+    )
+    try:
+        client.execute(env=environment)
+    except CellExecutionError as error:
+        raise RxlabError(
+            "the report notebook failed", where=NOTEBOOK, found=str(error).strip().splitlines()[-1]
+        ) from None
+    content = nbformat.from_dict(redactor.values(notebook)) if redactor is not None else notebook
+    with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as stream:
+        nbformat.write(content, stream)
+    return target
