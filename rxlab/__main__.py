@@ -323,7 +323,7 @@ def report(
     notebook: Annotated[bool, typer.Option(help="Also the executed notebook, beside the page.")] = True,
 ) -> None:
     """Write one self-contained HTML page about runs, and the executed notebook of its analysis."""
-    from rxlab.pipeline import report_runs
+    from rxlab.show.share import report_runs
 
     with _working("writing the report"):
         written = report_runs(runs, out, reveal=reveal, notebook=notebook)

@@ -370,35 +370,6 @@ def write_report(
     return Path(write(list(runs), Path(out), recorded=recorded, reveal=reveal))
 
 
-def report_runs(
-    paths: Sequence[str | os.PathLike[str]],
-    out: str | os.PathLike[str],
-    *,
-    reveal: bool = False,
-    notebook: bool = False,
-) -> dict[str, Path]:
-    """Write a report about every run directory at or below the given paths, and where asked its executed notebook beside it.
-
-    Returns
-    -------
-    dict of str to Path
-        ``"report"``, ``"notebook"``.
-    """
-    from rxlab.show.redact import Redactor
-    from rxlab.show.share import write_notebook
-
-    runs = [open_run(found.path) for path in paths for found in list_runs(path)]
-    if not runs:
-        raise FormatError(
-            "no run directories", where=", ".join(map(str, paths)), expected=f"a directory with {rundir.RUN_JSON}"
-        )
-    written = {"report": write_report(runs, out, reveal=reveal)}
-    if notebook:
-        redactor = None if reveal else Redactor.of_hosts([run.host for run in runs])
-        written["notebook"] = write_notebook(paths, written["report"].with_suffix(".ipynb"), redactor)
-    return written
-
-
 def analyze_run(
     path: str | os.PathLike[str] | None,
     *,

@@ -103,5 +103,5 @@ def test_a_recorded_run_is_exported_in_every_format(repo, tmp_path, to, start):
 
 
 def test_an_unknown_format_lists_the_known_ones(repo, tmp_path):
-    with pytest.raises(UsageError, match="pyperf, parquet, csv, pcapng, perfetto"):
+    with pytest.raises(UsageError, match="pyperf, parquet, csv, netcdf, pcapng, perfetto"):
         exports.export_run(repo / "data" / "http", "har", tmp_path / "x")

@@ -17,10 +17,10 @@ from joined_builder import make_host, make_joined, make_run
 import rxlab
 from rxlab.dataset import schema, store
 from rxlab.errors import UsageError
-from rxlab.pipeline import report_runs
 from rxlab.rundir import read_json, write_json
 from rxlab.show import evidence, exports, share
 from rxlab.show.redact import Redactor
+from rxlab.show.share import report_runs
 
 HOST = "lab-machine-17"
 

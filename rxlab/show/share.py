@@ -18,9 +18,12 @@ import numpy as np
 import xarray as xr
 
 from rxlab.dataset import schema
+from rxlab.dataset.run import open_run
 from rxlab.dataset.store import save
-from rxlab.errors import RxlabError
+from rxlab.errors import FormatError, RxlabError
+from rxlab.rundir import RUN_JSON, list_runs
 from rxlab.show.redact import Redactor
+from rxlab.show.report import write_report
 
 NOTEBOOK = "99_report.ipynb"
 KERNEL_ADDRESSES = ("skb", "socket")
@@ -112,3 +115,29 @@ def write_notebook(
     with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as stream:
         nbformat.write(content, stream)
     return target
+
+
+def report_runs(
+    paths: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    reveal: bool = False,
+    notebook: bool = False,
+) -> dict[str, Path]:
+    """Write a report about every run directory at or below the given paths, and where asked its executed notebook beside it.
+
+    Returns
+    -------
+    dict of str to Path
+        ``"report"``, ``"notebook"``.
+    """
+    runs = [open_run(found.path) for path in paths for found in list_runs(path)]
+    if not runs:
+        raise FormatError(
+            "no run directories", where=", ".join(map(str, paths)), expected=f"a directory with {RUN_JSON}"
+        )
+    written = {"report": write_report(runs, out, reveal=reveal)}
+    if notebook:
+        redactor = None if reveal else Redactor.of_hosts([run.host for run in runs])
+        written["notebook"] = write_notebook(paths, written["report"].with_suffix(".ipynb"), redactor)
+    return written
