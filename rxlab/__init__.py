@@ -34,7 +34,7 @@ _PUBLIC = {
     "dissect": "rxlab.read.dissect",
     "capture": "rxlab.record.capture",
     "apply": "rxlab.host.journal",
-    "restore": "rxlab.host.journal",
+    "restore": "rxlab.host.recovery",
     "doctor": "rxlab.doctor",
     "open_dataset": "rxlab.dataset.store",
     "validate": "rxlab.dataset.schema",

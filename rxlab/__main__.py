@@ -349,7 +349,7 @@ def export(
 @app.command()
 def restore() -> None:
     """Put back what an rxlab that died had changed: settings, namespaces, helper processes."""
-    from rxlab.host.journal import restore as restore_host
+    from rxlab.host.recovery import restore as restore_host
 
     done = restore_host()
     for line in done.lines() or ["nothing to restore"]:

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rxlab.errors import HostSettingError, WrongSettingError
-from rxlab.host.settings import KINDS, Setting, check_keys, collateral, expand, parse_settings, read_settings
+from rxlab.host.kinds import KINDS, check_keys, format_pattern, parse_pattern
+from rxlab.host.settings import Setting, collateral, expand, parse_settings, read_settings
 
 
 def parse(host: FakeHost, wanted: dict[str, object], iface: str | None = "eth0") -> list[Setting]:
@@ -24,9 +25,12 @@ def test_a_key_means_every_queue(tmp_path: Path) -> None:
     assert [setting.label for setting in settings] == ["rps_cpus@eth0/rx-0", "rps_cpus@eth0/rx-1"]
     assert [setting.label for setting in parse(host, {"xps_cpus:1": "0"})] == ["xps_cpus@eth0/tx-1"]
     assert [setting.place for setting in parse(host, {"irq_cpus": "1"})] == [
-        "file:proc/irq/25/smp_affinity_list",
-        "file:proc/irq/26/smp_affinity_list",
+        "irq:queue:0",
+        "irq:queue:1",
     ]
+    assert [setting.label for setting in parse(host, {"irq_cpus:1": "1"})] == ["irq_cpus@eth0/rx-1"]
+    idle = [setting.label for setting in parse(host, {"idle_state:1": "off"})]
+    assert idle == ["idle_state@cpu0/state1", "idle_state@cpu1/state1"]
 
 
 def test_settings_come_in_writing_order(tmp_path: Path) -> None:
@@ -46,6 +50,12 @@ def test_settings_come_in_writing_order(tmp_path: Path) -> None:
         ("busy_poll", "off", "0", "0"),
         ("rx_usecs", " 50 ", "50", "50"),
         ("governor", "performance", "performance", "performance"),
+        ("idle_state", "off", "off", "1"),
+        ("rss_table", "equal 2", "0-1", "0-1"),
+        ("rss-table", "1,1,0", "1,1,0", "1,1,0"),
+        ("rss-key", "AA" * 40, ":".join(["aa"] * 40), ":".join(["aa"] * 40)),
+        ("xps_rxqs", "0-1", "0-1", "3"),
+        ("cpu_dma_latency", "0", "0", "0"),
     ],
 )
 def test_values(tmp_path: Path, key: str, written: object, canonical: str, raw: str) -> None:
@@ -57,7 +67,7 @@ def test_values(tmp_path: Path, key: str, written: object, canonical: str, raw: 
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        ({"rps_cpu": "1"}, "rps_cpu: unknown setting: expected one of channels, rx-channels"),
+        ({"rps_cpu": "1"}, "rps_cpu: unknown setting: expected one of irqbalance, channels, rx-channels"),
         ({"rps_cpus": "0,7"}, "found '0,7', expected CPUs that are online: 0-1"),
         ({"rps_cpus": "all"}, "expected CPUs as a list"),
         ({"irq_cpus": "off"}, "expected at least one CPU"),
@@ -66,10 +76,18 @@ def test_values(tmp_path: Path, key: str, written: object, canonical: str, raw: 
         ({"busy_poll": str(2**31)}, "expected an integer from 0"),
         ({"gro": "maybe"}, "expected on or off"),
         ({"governor": "a b"}, "expected one word"),
+        ({"rss-table": "equal 0"}, "expected 'equal N', or queue numbers"),
+        ({"rss-table": "1-0"}, "expected 'equal N', or queue numbers"),
+        ({"rss-key": "abc"}, "expected bytes in hex"),
+        ({"xps_rxqs": "x"}, "expected receive queues as a list"),
+        ({"cpu_dma_latency": "off"}, "expected an integer from 0"),
+        ({"idle_state:7": "off"}, "this host has no place"),
+        ({"napi_cpus:0": "1", "threaded": "off"}, "this host has no place"),
         ({"rps_cpus:9": "1"}, "rps_cpus:9 of eth0: this host has no place"),
         ({"rps_cpus:x": "1"}, "not a queue number"),
         ({"ntuple": "on"}, "ntuple@eth0: cannot be read"),
         ({"netdev_max_backlog": "5"}, "netdev_max_backlog: cannot be read"),
+        ({"rps_cpus@": "1"}, "unknown setting"),
     ],
 )
 def test_what_is_wrong_is_one_line(tmp_path: Path, wanted: dict[str, object], message: str) -> None:
@@ -146,11 +164,21 @@ def test_side_effects_are_remembered(tmp_path: Path) -> None:
     host = FakeHost(tmp_path)
     channels = parse(host, {"channels": 1, "rps_cpus:0": "1"})
     labels = {setting.label for setting in collateral(channels, host.open)}
-    assert {"rps_cpus@eth0/rx-1", "rps_flow_cnt@eth0/rx-0", "xps_cpus@eth0/tx-1", "irq_cpus@eth0/26"} <= labels
+    queues = {"rps_cpus@eth0/rx-1", "rps_flow_cnt@eth0/rx-0", "xps_cpus@eth0/tx-1", "xps_rxqs@eth0/tx-0"}
+    irqs = {"irq_cpus@eth0/rx-1", "irq_cpus@eth0/eth0"}
+    assert queues | irqs | {"rss-table@eth0", "rss-key@eth0", "rx-usecs@eth0", "rx-ring@eth0", "gro@eth0"} <= labels
     assert "rps_cpus@eth0/rx-0" not in labels, "it is in the change itself"
     features = {setting.label for setting in collateral(parse(host, {"gro": "off"}), host.open)}
-    assert features == {"rx-lro@eth0", "rx-hashing@eth0", "tx-nocache-copy@eth0"}
+    assert {"lro@eth0", "rxhash@eth0", "tx-nocache-copy@eth0"} <= features
     assert collateral(parse(host, {"rps_cpus": "1"}), host.open) == []
+
+
+def test_what_adaptive_moderation_moves_is_not_remembered(tmp_path: Path) -> None:
+    host = FakeHost(tmp_path)
+    host.nic.groups["coalesce"]["adaptive-rx"] = 1
+    labels = {setting.label for setting in collateral(parse(host, {"gro": "off"}), host.open)}
+    assert "rx-usecs@eth0" not in labels
+    assert {"tx-usecs@eth0", "adaptive-rx@eth0"} <= labels
 
 
 def test_settings_survive_json(tmp_path: Path) -> None:
@@ -169,3 +197,20 @@ def test_all_kinds_can_be_laid_out(tmp_path: Path) -> None:
     assert values["channels@eth0"] == "2"
     assert values["gro@eth0"] == "on"
     assert "netdev_max_backlog" not in values
+    assert values["irqbalance"] == "on"
+    assert values["rss-table@eth0"] == "0-1"
+    assert values["idle_state@cpu1/state1"] == "on"
+    assert values["cpu_dma_latency"] == "2000000000"
+    assert not any(label.startswith("napi_cpus") for label in values), "there are threads only while it is threaded"
+
+
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=40), st.integers(2, 4))
+def test_rss_patterns_round_trip(pattern: list[int], repeats: int) -> None:
+    """Judge: the table itself, however the pattern is written."""
+    table = [pattern[entry % len(pattern)] for entry in range(repeats * len(pattern) + len(pattern) // 2)]
+    shown = parse_pattern(format_pattern(table))
+    assert [shown[entry % len(shown)] for entry in range(len(table))] == table
+    assert len(shown) <= len(pattern)
+    assert parse_pattern(format_pattern(pattern)) * len(pattern) == pattern * len(
+        parse_pattern(format_pattern(pattern))
+    )

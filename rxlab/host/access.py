@@ -8,8 +8,9 @@ when the process is dead, so a watchdog that sees the death can restore without 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -56,6 +57,7 @@ class HostAccess:
         self.netns, self.root = netns, Path(root)
         self.ethtool = ethtool if ethtool is not None else Ethtool() if self.is_real else NoEthtool()
         self._thread: ThreadPoolExecutor | None = None
+        self._held: dict[str, list[int]] = {}
         # On a made-up tree a namespace is only a name.
         if netns is not None and self.is_real:
             self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"netns-{netns}")
@@ -100,6 +102,37 @@ class HostAccess:
         """Write a file in one write(2), as sysfs and procfs want it; OSError carries the kernel's answer."""
         self.call(_write_once, self.path(name), text)
 
+    def read_bytes(self, name: str, size: int) -> bytes:
+        """Return the first bytes of a device file."""
+        descriptor = os.open(self.path(name), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.read(descriptor, size)
+        finally:
+            os.close(descriptor)
+
+    def hold(self, name: str, content: bytes) -> None:
+        """Write to a device file and keep it open: the kernel takes the wish back when it is closed, by a death too."""
+        descriptor = os.open(self.path(name), os.O_WRONLY | os.O_CLOEXEC)
+        self._held.setdefault(name, []).append(descriptor)
+        os.write(descriptor, content)
+
+    def let_go(self, name: str) -> None:
+        """Close what :meth:`hold` opened last; nothing if there is nothing."""
+        if self._held.get(name):
+            os.close(self._held[name].pop())
+
+    def signal(self, pid: int, number: int) -> None:
+        """Send a signal to a process of this host; a made-up one has none."""
+        if not self.is_real:
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+        os.kill(pid, number)
+
+    def set_task_cpus(self, tid: int, cpus: Iterable[int]) -> None:
+        """Pin a task of this host; a made-up one has none."""
+        if not self.is_real:
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+        os.sched_setaffinity(tid, cpus)
+
     def exists(self, name: str) -> bool:
         """Tell whether there is such a file."""
         return self.call(self.path(name).exists)
@@ -119,7 +152,10 @@ class HostAccess:
             return None
 
     def close(self) -> None:
-        """Leave the namespace: it can go only when no thread is inside."""
+        """Leave the namespace, which can go only when no thread is inside, and let go of what is held."""
+        for name in self._held:
+            while self._held[name]:
+                self.let_go(name)
         if self._thread is not None:
             self._thread.shutdown()
             self._thread = None

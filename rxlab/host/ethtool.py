@@ -1,7 +1,7 @@
-"""The ethtool and time stamping ioctls: driver, features, coalescing, rings, channels, time stamping, statistics of an interface.
+"""The ethtool and time stamping ioctls: driver, features, coalescing, rings, channels, RSS, stamping, statistics of an interface.
 
 In-process, because a command started by a process that is then killed would finish its change after the restore. Layouts:
-include/uapi/linux/ethtool.h. RSS tables are not here (the ``ethtool`` command has them).
+include/uapi/linux/ethtool.h.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ SIOCETHTOOL = 0x8946
 SIOCSHWTSTAMP, SIOCGHWTSTAMP = 0x89B0, 0x89B1
 GDRVINFO, GSTRINGS, GSTATS, GSSET_INFO = 0x03, 0x1B, 0x1D, 0x37
 GFEATURES, SFEATURES, GET_TS_INFO = 0x3A, 0x3B, 0x41
+GRXRINGS, GRSSH, SRSSH = 0x2D, 0x46, 0x47
+RSS_NO_CHANGE, RSS_DEFAULT = 0xFFFFFFFF, 0  # ETH_RXFH_INDIR_NO_CHANGE; a size of 0 resets the table
 SS_STATS, SS_FEATURES = 1, 4
 STRING_LENGTH = 32
 
@@ -26,6 +28,12 @@ assert DRVINFO.size == 196
 # struct ethtool_ts_info: so_timestamping, phc_index, tx_types, rx_filters
 TS_INFO = struct.Struct("=IIiI12xI12x")
 assert TS_INFO.size == 44
+
+# struct ethtool_rxfh: cmd, rss_context, indir_size, key_size, hfunc, input_xfrm, rsvd8[2], rsvd32; then table (u32) and key
+RXFH = struct.Struct("=IIIIBB2xI")
+assert RXFH.size == 24
+# struct ethtool_rxnfc, of which GRXRINGS fills the 64-bit data: cmd, flow_type, data, fs, rule_cnt
+RXNFC_SIZE = 192
 
 # Group -> (get command, set command, the u32 fields after cmd, in the words of the ethtool command).
 # struct ethtool_coalesce, ethtool_ringparam, ethtool_channels
@@ -164,6 +172,33 @@ class Ethtool:
         words[2 * (index // 32)] = 1 << (index % 32)
         words[2 * (index // 32) + 1] = (1 << (index % 32)) if on else 0
         request = ctypes.create_string_buffer(struct.pack(f"=II{2 * blocks}I", SFEATURES, blocks, *words))
+        self._ioctl(iface, request)
+
+    def rings_of_rss(self, iface: str) -> int:
+        """Return how many receive queues RSS can spread over."""
+        request = ctypes.create_string_buffer(struct.pack("=I", GRXRINGS), RXNFC_SIZE)
+        self._ioctl(iface, request)
+        return int(struct.unpack_from("=Q", request.raw, 8)[0])
+
+    def rss(self, iface: str) -> tuple[list[int], bytes]:
+        """Return the indirection table and the key of the default RSS context; empty where the driver has none."""
+        request = ctypes.create_string_buffer(RXFH.pack(GRSSH, 0, 0, 0, 0, 0, 0), RXFH.size)
+        self._ioctl(iface, request)
+        _, _, n_table, n_key, *_ = RXFH.unpack(request.raw)
+        size = RXFH.size + 4 * n_table + n_key
+        request = ctypes.create_string_buffer(RXFH.pack(GRSSH, 0, n_table, n_key, 0, 0, 0), size)
+        if size > RXFH.size:
+            self._ioctl(iface, request)
+        table = struct.unpack_from(f"={n_table}I", request.raw, RXFH.size)
+        return list(table), request.raw[RXFH.size + 4 * n_table : size]
+
+    def set_rss(self, iface: str, *, table: list[int] | None = None, key: bytes = b"") -> None:
+        """Write the indirection table (an empty list resets it to the driver's own) or the key of the default RSS context."""
+        size = RSS_NO_CHANGE if table is None else len(table) or RSS_DEFAULT
+        body = struct.pack(f"={len(table or ())}I", *(table or ())) + key
+        request = ctypes.create_string_buffer(
+            RXFH.pack(SRSSH, 0, size, len(key), 0, 0, 0) + body, RXFH.size + len(body)
+        )
         self._ioctl(iface, request)
 
     def timestamping(self, iface: str) -> dict[str, object]:

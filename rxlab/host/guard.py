@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from rxlab.errors import HostSettingError
 from rxlab.host.access import HostAccess
-from rxlab.host.settings import KINDS, Setting
+from rxlab.host.kinds import IRQBALANCE, IRQS, KINDS
+from rxlab.host.places import process_states
+from rxlab.host.settings import Setting
 from rxlab.host.topology import local_identity
 
 
@@ -28,6 +31,7 @@ def check_allowed(settings: Sequence[Setting], allowed: bool, yes_this_nic: bool
             where=first.label,
             do="Nothing was changed. Give --allow-system-changes to have it changed and put back.",
         )
+    _check_irqbalance(settings, access)
     if yes_this_nic:
         return
     lifelines = lifeline_ifaces(access)
@@ -40,6 +44,21 @@ def check_allowed(settings: Sequence[Setting], allowed: bool, yes_this_nic: bool
                 where=setting.label,
                 do="Nothing was changed. Give --yes-this-nic if you mean it.",
             )
+
+
+def _check_irqbalance(settings: Sequence[Setting], access: HostAccess) -> None:
+    """Refuse to move interrupts that a daemon would move back, unless the person said what is to become of the daemon."""
+    moved = next((setting for setting in settings if setting.rank == IRQS), None)
+    if moved is None or any(setting.rank == IRQBALANCE for setting in settings):
+        return
+    pids = [pid for pid, state in process_states(access, "irqbalance").items() if state != "T"]
+    if pids:
+        raise HostSettingError(
+            "irqbalance is running and may move the interrupt again",
+            where=moved.label,
+            found=f"process {', '.join(map(str, pids))}",
+            do="Nothing was changed. Add irqbalance=off to pause it until the end, or irqbalance=on to let it run.",
+        )
 
 
 def lifeline_ifaces(access: HostAccess) -> dict[str, str]:
@@ -56,9 +75,35 @@ def lifeline_ifaces(access: HostAccess) -> dict[str, str]:
         if len(fields) == 10 and fields[1] == "00" and fields[9] != "lo":
             lifelines.setdefault(fields[9], "the default route")
     # "client address, client port, server address, server port"
-    session = os.environ.get("SSH_CONNECTION", "").split()
+    session = ssh_connection(access).split()
     if len(session) == 4 and access.is_real:
         for iface in access.list("sys/class/net"):
             if session[2] in local_identity(iface)[1]:
                 lifelines[iface] = "this ssh session"
+    # The ports of a bond or a bridge and the device below a VLAN carry what it carries.
+    waiting = list(lifelines)
+    while waiting:
+        upper = waiting.pop()
+        for name in access.list(f"sys/class/net/{upper}"):
+            lower = name.removeprefix("lower_")
+            if name != lower and lower not in lifelines:
+                lifelines[lower] = f"{lifelines[upper]} of {upper}"
+                waiting.append(lower)
     return lifelines
+
+
+def ssh_connection(access: HostAccess) -> str:
+    """Return SSH_CONNECTION of this process or of the nearest ancestor that has it: sudo takes it out of the environment."""
+    if "SSH_CONNECTION" in os.environ:
+        return os.environ["SSH_CONNECTION"]
+    pid = os.getppid()
+    while access.is_real and pid > 1:
+        try:
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            break
+        for entry in environment:
+            if entry.startswith(b"SSH_CONNECTION="):
+                return entry.partition(b"=")[2].decode(errors="replace")
+    return ""

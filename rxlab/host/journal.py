@@ -11,13 +11,11 @@ journal whose lock is free belongs to nobody and may be undone, and one whose lo
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
-import select
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,16 +27,15 @@ from rxlab.host.functiontrace import tracefs_root
 from rxlab.host.guard import check_allowed
 from rxlab.host.journalfile import (
     SUFFIX,
-    Record,
     append_record,
     boot_id,
     create_journal,
     default_journal_dir,
     folder_lock,
-    named,
     open_journal,
-    read_records,
 )
+from rxlab.host.kinds import CHANNELS, KINDS
+from rxlab.host.recovery import undo
 from rxlab.host.settings import Setting, collateral, parse_settings
 from rxlab.host.undo import (
     TAG,
@@ -52,7 +49,6 @@ from rxlab.host.undo import (
     stop_processes,
 )
 
-WATCHDOG_LOG = "watchdog.log"
 RESTORE_COMMAND = "Run 'rxlab restore'."
 
 
@@ -66,6 +62,8 @@ class Transaction:
         Values by label of the changes in force: wanted, and read back. They differ only with ``inexact="record"``.
     report : RestoreReport
         What restoring did, filled as changes end.
+    say : callable
+        Told, before it is written, what takes a link down; prints to standard error unless set otherwise.
     """
 
     def __init__(self, folder: Path, *, testbed: str | None, open_access: Callable[[str | None], HostAccess]) -> None:
@@ -74,6 +72,7 @@ class Transaction:
         self.got: dict[str, str] = {}
         self.report = RestoreReport()
         self.allow_system_changes = self.yes_this_nic = False
+        self.say: Callable[[str], None] = lambda text: print(f"rxlab: {text}", file=sys.stderr, flush=True)
         self._folder, self._testbed, self._access_of = folder, testbed, AccessCache(open_access)
         self._namespaces: list[str] = []
         self._links: list[str] = []
@@ -81,6 +80,8 @@ class Transaction:
         self._processes: list[tuple[int, int]] = []
         self._children: list[subprocess.Popen[Any]] = []
         self._n_changes, self._claims = 0, set[str]()
+        self._in_force: list[Setting] = []
+        self._said: set[str] = set()
         self._watchdog: subprocess.Popen[bytes] | None = None
         self._root = self._access_of(None).root
         with folder_lock(folder):
@@ -130,16 +131,59 @@ class Transaction:
         record = self._snapshot(chosen)
         self._append(record)
         got: dict[str, str] | None = None
-        outer = dict(self.asked), dict(self.got)
+        outer = dict(self.asked), dict(self.got), self._in_force
         try:
-            for setting in chosen:
-                setting.write(self._access_of(setting.netns), setting.encode(setting.wanted or ""))
+            self._announce(foreign)
+            self._write(chosen)
             got = self._read_back(record, exact=inexact == "error")
             self._append({"kind": "applied", "change": record["change"], "got": got})
+            self._in_force = [*self._in_force, *chosen]
             yield self
         finally:
-            self.asked, self.got = outer
+            self.asked, self.got, self._in_force = outer
             self._restore(record, got)
+
+    def drift(self) -> dict[str, tuple[str, str | None]]:
+        """Return ``{label: (value read back, value now)}`` of settings in force that somebody else has changed since."""
+        found = {}
+        for setting in self._in_force:
+            try:
+                now: str | None = setting.canonical(setting.read(self._access_of(setting.netns)))
+            except HostSettingError:
+                now = None
+            if now != self.got.get(setting.label):
+                found[setting.label] = (self.got[setting.label], now)
+        return found
+
+    def _announce(self, foreign: list[Setting]) -> None:
+        """Name what takes the link of a real interface down, once each, before it is written."""
+        dropping = [setting for setting in foreign if setting.key in KINDS and KINDS[setting.key].drops_link]
+        for iface in dict.fromkeys(setting.iface for setting in dropping):
+            labels = [setting.label for setting in dropping if setting.iface == iface]
+            labels = [label for label in labels if label not in self._said]
+            self._said.update(labels)
+            if labels:
+                self.say(f"the link of {iface} may go down for a moment: {', '.join(labels)} (and again to restore)")
+
+    def _write(self, chosen: list[Setting]) -> None:
+        """Write in order. What is refused because of another setting (an RSS table over more channels) is tried after it."""
+        waiting, refused = chosen, dict[str, HostSettingError]()
+        while waiting:
+            before, refused = refused, {}
+            for setting in waiting:
+                access, raw = self._access_of(setting.netns), setting.encode(setting.wanted or "")
+                if setting.has(access):
+                    continue  # rings of the size they have would still cost the link
+                try:
+                    setting.write(access, raw)
+                except HostSettingError as error:
+                    if error.found != os.strerror(errno.EINVAL):
+                        raise
+                    refused[setting.label] = error
+            if refused.keys() == before.keys() and refused:
+                raise next(iter(refused.values()))
+            lowest = min((setting.rank for setting in chosen if setting.label in refused), default=len(KINDS))
+            waiting = [setting for setting in chosen if setting.rank > lowest or setting.label in refused]
 
     def _snapshot(self, chosen: list[Setting]) -> dict[str, Any]:
         self._n_changes += 1
@@ -149,8 +193,8 @@ class Transaction:
             try:
                 before: str | None = setting.read(self._access_of(setting.netns))
             except HostSettingError:
-                # A queue that the same change is about to create.
-                if not any(other.rank == 0 for other in chosen):
+                # A queue or a thread that the same change is about to create.
+                if not any(other.rank == CHANNELS or other.key == "threaded" for other in chosen):
                     raise
                 before = None
             fields.append({**setting.to_json(), "before": before})
@@ -186,7 +230,7 @@ class Transaction:
         with interrupt_later():
             report = RestoreReport()
             restore_change(record, got, self._access_of, report)
-            _merge(self.report, report)
+            self.report.add(report)
             if report.ok:
                 self._append({"kind": "restored", "change": record["change"]})
                 return
@@ -243,7 +287,7 @@ class Transaction:
 
     def leave_namespaces(self) -> None:
         """Let go of namespaces the caller is about to remove itself: their links stay while a thread is inside."""
-        self._access_of.close()
+        self._access_of.leave_namespaces()
 
     # -- end
 
@@ -257,7 +301,7 @@ class Transaction:
                 child.poll()
             remove_namespaces(self._namespaces, self._links, report)
             remove_instances(self._instances, self._root, report)
-            _merge(self.report, report)
+            self.report.add(report)
             if self.report.ok:
                 with suppress(HostSettingError):  # a full disk: the file goes anyway
                     self._append({"kind": "closed"})
@@ -281,7 +325,7 @@ class Transaction:
                 claims = {record["what"] for record in records if record["kind"] == "claim"}
                 if is_free:
                     report = undo(records, path)
-                    _merge(self.report, report)
+                    self.report.add(report)
                     if what in claims and not report.ok:
                         raise HostSettingError(
                             "an earlier run could not be restored", where=str(path), found="; ".join(report.failed)
@@ -303,7 +347,7 @@ class Transaction:
             [
                 sys.executable,
                 "-m",
-                "rxlab.host.journal",
+                "rxlab.host.recovery",
                 "watchdog",
                 str(self._path),
                 str(os.getpid()),
@@ -384,114 +428,3 @@ def apply(
             yield transaction
     finally:
         transaction.close()
-
-
-def restore(journal_dir: Path | None = None) -> RestoreReport:
-    """Undo what runs that are dead left behind; the work of ``rxlab restore``.
-
-    Runs that are alive are left alone, journals of an earlier boot are dropped (their settings went with the boot).
-
-    Returns
-    -------
-    RestoreReport
-        ``.lines()`` for people, ``.ok`` False when something could not be put back.
-    """
-    folder = Path(journal_dir) if journal_dir is not None else default_journal_dir()
-    report = RestoreReport()
-    if not folder.is_dir():
-        report.messages.append("nothing to restore")
-        return report
-    for path in sorted(folder.glob("*" + SUFFIX)):
-        deadline = time.monotonic() + 10
-        while True:
-            with open_journal(path) as (records, is_free):
-                if is_free:
-                    _merge(report, undo(records, path))
-                    break
-                owner = records[0] if records else {"pid": 0, "start": 0}
-                if process_start(owner["pid"]) == owner["start"]:
-                    report.messages.append(f"{path.name}: process {owner['pid']} is running, left alone")
-                    break
-                if time.monotonic() > deadline:
-                    report.failed.append(f"{path}: its owner is dead but its lock is held")
-                    break
-            time.sleep(0.05)  # the watchdog is at it
-    log = folder / WATCHDOG_LOG
-    if log.exists():
-        report.messages += log.read_text().splitlines()
-        log.unlink()
-    if not report.lines():
-        report.messages.append("nothing to restore")
-    return report
-
-
-def undo(records: list[Record], path: Path) -> RestoreReport:
-    """Undo one journal whose owner is dead, and delete it when all is back. Its lock is held by the caller."""
-    report = RestoreReport()
-    if not records or any(record["kind"] == "closed" for record in records):
-        path.unlink(missing_ok=True)
-        return report
-    header = records[0]
-    if header["boot_id"] != boot_id():
-        report.messages.append(f"{path.name}: from before the last boot, dropped")
-        path.unlink(missing_ok=True)
-        return report
-    root, namespaces = Path(header["root"]), named(records, "namespace")
-    done = {record["change"] for record in records if record["kind"] == "restored"}
-    got = {record["change"]: record["got"] for record in records if record["kind"] == "applied"}
-    access_of = AccessCache(lambda netns: HostAccess(netns, root))
-    for record in reversed(records):
-        if record["kind"] == "change" and record["change"] not in done:
-            # Settings inside the testbed's namespaces go with them.
-            kept = [fields for fields in record["settings"] if fields["netns"] not in namespaces]
-            restore_change({"settings": kept}, got.get(record["change"]), access_of, report)
-    access_of.close()
-    processes = [(record["pid"], record["start"]) for record in records if record["kind"] == "process"]
-    for _ in range(2):  # a command of the dead owner may have made a namespace while the first round ran
-        report.processes += stop_processes(processes, header["id"], namespaces)
-        remove_namespaces(namespaces, named(records, "link"), report)
-    remove_instances(named(records, "instance"), root, report)
-    if report.ok:
-        path.unlink(missing_ok=True)
-    return report
-
-
-def watch(path: Path, parent: int, journal: int) -> None:
-    """Wait until the parent says "done" or dies; in the second case undo its journal.
-
-    Parameters
-    ----------
-    journal : int
-        The journal's open file, shared with the parent and with it the lock.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    process = os.pidfd_open(parent) if os.getppid() == parent else None
-    print("ready", flush=True)
-    poll = select.poll()
-    poll.register(sys.stdin, select.POLLIN)
-    if process is not None:
-        poll.register(process, select.POLLIN)
-    while process is not None:
-        events = dict(poll.poll())
-        if sys.stdin.fileno() in events:
-            if os.read(sys.stdin.fileno(), 16):
-                return
-            poll.unregister(sys.stdin)  # closed without a word: only the parent's death counts
-        if process in events:
-            break
-    report = undo(read_records(journal), path)
-    lines = [f"{path.name}: {line}" for line in (*report.foreign, *report.failed)]
-    if lines:
-        with open(path.with_name(WATCHDOG_LOG), "a") as log:
-            log.write("\n".join(lines) + "\n")
-
-
-def _merge(into: RestoreReport, other: RestoreReport) -> None:
-    for name, values in vars(other).items():
-        getattr(into, name).extend(values)
-
-
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["watchdog"] and len(sys.argv) == 5:
-        watch(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

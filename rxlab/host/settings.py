@@ -1,116 +1,40 @@
 """Every host setting as an object: read, validate, write, read back.
 
-Keys are the words of sysfs, sysctl and ethtool: :data:`KINDS` is the list. A key may name one queue: ``rps_cpus:0``. Values are
-text; CPUs are a list (``0,2-3``), a mask with ``0x``, ``off``, or an intent (``sibling``) that topology.py resolves. Nothing
-is written here on its own: journal.py decides when.
+Which keys there are says kinds.py. A key may name one queue: ``rps_cpus:0``. Values are text; CPUs are a list (``0,2-3``), a mask
+with ``0x``, ``off``, or an intent (``sibling``) that topology.py resolves. Nothing is written here on its own: journal.py
+decides when.
 """
 
 from __future__ import annotations
 
-import difflib
 import errno
-import os
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from rxlab.errors import HostSettingError, WrongSettingError
+from rxlab.errors import HostSettingError
 from rxlab.host.access import HostAccess
-from rxlab.host.cpulist import CPU_INTENTS, format_cpus, online_cpus, parse_cpus
-from rxlab.host.ethtool import RX_FILTERS, TX_TYPES
-from rxlab.host.interrupts import queue_irqs
+from rxlab.host.cpulist import CPU_DIR, format_cpus, online_cpus, parse_cpus
+from rxlab.host.interrupts import device_irqs, queue_irqs
+from rxlab.host.kinds import (
+    COALESCE,
+    FEATURES,
+    HOST_WIDE,
+    IRQS,
+    KINDS,
+    RINGS,
+    canonical_value,
+    check_keys,
+    format_pattern,
+    normal_key,
+    parse_pattern,
+)
+from rxlab.host.napi import napi_threads
+from rxlab.host.places import EFFECTIVE, read_place, release_place, write_place
 
-MAX_INT = 2**31 - 1
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One knob: where it lives and which values it takes.
-
-    Attributes
-    ----------
-    scope : str
-        "iface", "rx_queue", "tx_queue", "irq", "cpu", "netns" or "host": what the key expands to. Only "host" and "cpu" are
-        the same in every network namespace.
-    place : str
-        ``file:PATH`` under the root, or ``ethtool:GROUP:NAME``, with ``{iface} {queue} {irq} {cpu}`` to fill in.
-    value : str
-        "mask" (CPUs as sysfs bitmap), "cpus" (CPUs as list), "int", "switch" (on/off) or "word".
-    rank : int
-        Writing order, low first; a change may reset settings of higher rank (``ethtool -L`` recreates the queues).
-    what : str
-        What it does, with the unit.
-    drops_link : bool
-        Whether drivers usually take the link down for it.
-    """
-
-    scope: str
-    place: str
-    value: str
-    rank: int
-    what: str
-    drops_link: bool = False
-
-
-def _net(name: str) -> str:
-    return "file:sys/class/net/{iface}/" + name
-
-
-def _core(name: str) -> str:
-    return "file:proc/sys/net/core/" + name
-
-
-KINDS: dict[str, Kind] = {
-    "channels": Kind("iface", "ethtool:channels:combined", "int", 0, "combined queues", True),
-    "rx-channels": Kind("iface", "ethtool:channels:rx", "int", 0, "receive-only queues", True),
-    "tx-channels": Kind("iface", "ethtool:channels:tx", "int", 0, "transmit-only queues", True),
-    "rx-ring": Kind("iface", "ethtool:rings:rx", "int", 1, "receive descriptors per queue", True),
-    "tx-ring": Kind("iface", "ethtool:rings:tx", "int", 1, "transmit descriptors per queue", True),
-    "gro": Kind("iface", "ethtool:features:rx-gro", "switch", 2, "generic receive offload"),
-    "lro": Kind("iface", "ethtool:features:rx-lro", "switch", 2, "large receive offload"),
-    "gro-hw": Kind("iface", "ethtool:features:rx-gro-hw", "switch", 2, "receive offload in the NIC"),
-    "gso": Kind("iface", "ethtool:features:tx-generic-segmentation", "switch", 2, "generic segmentation offload"),
-    "tso": Kind("iface", "ethtool:features:tx-tcp-segmentation", "switch", 2, "TCP segmentation offload"),
-    "rxhash": Kind("iface", "ethtool:features:rx-hashing", "switch", 2, "flow hash from the NIC"),
-    "ntuple": Kind("iface", "ethtool:features:rx-ntuple-filter", "switch", 2, "flow steering filters (aRFS)"),
-    "rx-usecs": Kind("iface", "ethtool:coalesce:rx-usecs", "int", 3, "us between frame and interrupt"),
-    "rx-frames": Kind("iface", "ethtool:coalesce:rx-frames", "int", 3, "frames per interrupt"),
-    "tx-usecs": Kind("iface", "ethtool:coalesce:tx-usecs", "int", 3, "us between transmit and interrupt"),
-    "tx-frames": Kind("iface", "ethtool:coalesce:tx-frames", "int", 3, "transmitted frames per interrupt"),
-    "adaptive-rx": Kind("iface", "ethtool:coalesce:adaptive-rx", "switch", 3, "adaptive interrupt moderation"),
-    "stamping": Kind(
-        "iface", "ethtool:hwtstamp:config", "stamping", 4, "hardware time stamps, RX/TX: all/on, none/off"
-    ),
-    "gro_flush_timeout": Kind("iface", _net("gro_flush_timeout"), "int", 4, "ns GRO may hold packets over polls"),
-    "napi_defer_hard_irqs": Kind(
-        "iface", _net("napi_defer_hard_irqs"), "int", 4, "empty polls before the IRQ is enabled"
-    ),
-    "threaded": Kind("iface", _net("threaded"), "switch", 4, "NAPI in a kernel thread"),
-    "irq_cpus": Kind("irq", "file:proc/irq/{irq}/smp_affinity_list", "cpus", 5, "CPUs of the queue's interrupt"),
-    "rps_cpus": Kind("rx_queue", _net("queues/{queue}/rps_cpus"), "mask", 6, "RPS: CPUs packets are spread over"),
-    "rps_flow_cnt": Kind(
-        "rx_queue", _net("queues/{queue}/rps_flow_cnt"), "int", 6, "RFS: flow table entries per queue"
-    ),
-    "xps_cpus": Kind("tx_queue", _net("queues/{queue}/xps_cpus"), "mask", 6, "XPS: CPUs that send on the queue"),
-    "rps_sock_flow_entries": Kind("host", _core("rps_sock_flow_entries"), "int", 7, "RFS: socket flow table entries"),
-    "busy_poll": Kind("host", _core("busy_poll"), "int", 7, "us poll() and select() busy-poll"),
-    "busy_read": Kind("host", _core("busy_read"), "int", 7, "us a receive call busy-polls"),
-    "netdev_budget": Kind("host", _core("netdev_budget"), "int", 7, "packets per NET_RX softirq"),
-    "netdev_budget_usecs": Kind("host", _core("netdev_budget_usecs"), "int", 7, "us per NET_RX softirq"),
-    "netdev_max_backlog": Kind("host", _core("netdev_max_backlog"), "int", 7, "packets a CPU's backlog holds"),
-    "netdev_tstamp_prequeue": Kind("host", _core("netdev_tstamp_prequeue"), "switch", 7, "stamp packets before RPS"),
-    "dev_weight": Kind("host", _core("dev_weight"), "int", 7, "packets per backlog poll"),
-    "gro_normal_batch": Kind("host", _core("gro_normal_batch"), "int", 7, "packets GRO hands up at once"),
-    "tcp_early_demux": Kind(
-        "netns", "file:proc/sys/net/ipv4/tcp_early_demux", "switch", 7, "socket lookup before routing"
-    ),
-    "governor": Kind(
-        "cpu", "file:sys/devices/system/cpu/{cpu}/cpufreq/scaling_governor", "word", 8, "CPU frequency governor"
-    ),
-}
-
-# A queue's settings are lost when the driver recreates its queues; features switch each other.
-_RESET_BY = {"channels": ("rx_queue", "tx_queue", "irq"), "rings": ("rx_queue", "tx_queue", "irq")}
+_CHANNEL_KEYS = {"channels": "combined", "rx-channels": "rx", "tx-channels": "tx"}
+_SWITCHES = {"switch": {"0": "off", "1": "on"}, "inverse": {"1": "off", "0": "on"}}
 
 
 @dataclass(frozen=True)
@@ -120,11 +44,11 @@ class Setting:
     Attributes
     ----------
     key : str
-        The word in :data:`KINDS`, or ``feature:NAME`` for an ethtool feature by its kernel name.
+        The word in :data:`rxlab.host.kinds.KINDS`, or ``feature:NAME`` for an ethtool feature by its kernel name.
     label : str
         Key and what it belongs to: ``rps_cpus@eth0/rx-0``.
     place, value, rank
-        As in :class:`Kind`, filled in.
+        As in :class:`rxlab.host.kinds.Kind`, filled in.
     iface, netns : str or None
         None where the setting is not of one interface or namespace.
     wanted : str or None
@@ -152,36 +76,50 @@ class Setting:
     def read(self, access: HostAccess) -> str:
         """Return the raw text the host shows now."""
         try:
-            return self._read(access)
+            return read_place(self.place, self.iface, access)
         except (OSError, KeyError) as error:
             raise self._error("cannot be read", error) from None
 
     def write(self, access: HostAccess, raw: str) -> None:
         """Write a raw text, as :meth:`read` or :meth:`encode` returned it."""
         try:
-            self._write(access, raw)
+            write_place(self.place, self.iface, access, raw)
         except (OSError, ValueError) as error:
             raise self._error(f"refused the value {raw!r}", error) from None
 
+    def release(self, access: HostAccess) -> None:
+        """Let go of a wish that lasts as long as somebody holds it; other settings are put back by :meth:`write`."""
+        release_place(self.place, access)
+
     def canonical(self, raw: str) -> str:
         """Return the one spelling of a raw text: CPU list, integer, on/off."""
-        if self.value == "mask":
+        if self.value in ("mask", "queues"):
             return format_cpus(parse_cpus("0x" + raw.replace(",", "")))
         if self.value == "cpus":
-            return format_cpus(parse_cpus(raw))
-        if self.value == "switch":
-            return {"0": "off", "1": "on"}.get(raw, raw)
-        return str(int(raw)) if self.value == "int" else raw
+            return format_cpus(parse_cpus(raw.partition(EFFECTIVE)[0]))
+        if self.value in _SWITCHES:
+            return _SWITCHES[self.value].get(raw, raw)
+        if self.value == "pattern":
+            return format_pattern(parse_pattern(raw))
+        return str(int(raw)) if self.value in ("int", "us") else raw
 
     def encode(self, canonical: str) -> str:
         """Return the raw text to write for a canonical value."""
-        if self.value == "mask":
+        if self.value in ("mask", "queues"):
             digits = f"{sum(1 << cpu for cpu in parse_cpus(canonical)):x}"
             words = [digits[max(end - 8, 0) : end] for end in range(len(digits), 0, -8)]
             return ",".join(reversed(words))  # bitmap_parse(): 32-bit words, comma between
-        if self.value == "switch":
-            return {"off": "0", "on": "1"}.get(canonical, canonical)
-        return canonical
+        raw_of = {word: raw for raw, word in _SWITCHES.get(self.value, {}).items()}
+        return raw_of.get(canonical, canonical)
+
+    def has(self, access: HostAccess) -> bool:
+        """Tell whether the wanted value is there without a write; a wish that others may take back at any time never is."""
+        if self.place.startswith("hold:"):
+            return False
+        try:
+            return self.canonical(self.read(access)) == self.wanted and self.is_in_effect(access)
+        except (HostSettingError, ValueError):
+            return False
 
     def is_in_effect(self, access: HostAccess) -> bool:
         """Tell whether what was asked is also done: a driver may note a feature and not switch it."""
@@ -191,42 +129,17 @@ class Setting:
         state = access.call(access.ethtool.features, self.iface)[rest]
         return state["active"] == state["requested"]
 
-    def _read(self, access: HostAccess) -> str:
-        where, rest = self.place.split(":", 1)
-        if where == "file":
-            return access.read(rest)
-        group, name = rest.split(":")
-        assert self.iface is not None
-        if group == "features":
-            return str(int(access.call(access.ethtool.features, self.iface)[name]["requested"]))
-        if group == "hwtstamp":
-            return access.call(access.ethtool.stamping, self.iface)
-        return str(access.call(access.ethtool.get, self.iface, group)[name])
-
-    def _write(self, access: HostAccess, raw: str) -> None:
-        where, rest = self.place.split(":", 1)
-        if where == "file":
-            access.write(rest, raw)
-            return
-        group, name = rest.split(":")
-        assert self.iface is not None
-        if group == "features":
-            access.call(access.ethtool.set_feature, self.iface, name, raw == "1")
-        elif group == "hwtstamp":
-            access.call(access.ethtool.set_stamping, self.iface, raw)
-        else:
-            access.call(access.ethtool.set, self.iface, group, name, int(raw))
-
     def _error(self, what: str, error: Exception) -> HostSettingError:
         code = error.errno if isinstance(error, OSError) else None
         hints = {
             errno.EACCES: "Changing host settings needs root.",
             errno.EPERM: "Changing host settings needs root.",
-            errno.EIO: "The driver manages this interrupt itself." if self.key == "irq_cpus" else None,
+            errno.EIO: "The driver manages this interrupt itself." if self.place.startswith("irq:") else None,
+            errno.ESRCH: "Start it, or leave the setting out." if self.place.startswith("process:") else None,
             errno.ENOENT: "This device, driver or kernel does not have the setting.",
             errno.EOPNOTSUPP: "This device, driver or kernel does not have the setting.",
         }
-        found = os.strerror(code) if code else f"no feature of that name ({error})"
+        found = error.strerror or str(error) if isinstance(error, OSError) else f"no feature of that name ({error})"
         inside = f" in netns {self.netns}" if self.netns else ""
         return HostSettingError(
             what, where=self.label + inside, found=found, do=hints.get(code) if code else None
@@ -269,11 +182,11 @@ def parse_settings(
         names = ", ".join(access.list("sys/class/net")) or "none"
         raise HostSettingError("no such interface", where=iface, found=names, do="Choose one with --iface.")
     cpus = online_cpus(access)
+    made = _made_by(wanted, iface, access)
     settings: list[Setting] = []
     for text, value in wanted.items():
-        key, _, only = _normal_key(text).partition(":")
-        n_queues = int(str(wanted["channels"])) if "channels" in wanted else None
-        places = [s for s in expand(key, iface, netns, access, n_queues) if not only or _queue_number(s) == int(only)]
+        key, _, only = normal_key(text).partition(":")
+        places = [place for place in expand(key, iface, netns, access, made) if not only or _number(place) == int(only)]
         if not places:
             raise HostSettingError(
                 "this host has no place for the setting",
@@ -282,145 +195,136 @@ def parse_settings(
             )
         canonical = canonical_value(key, str(value), cpus)
         for place in places:
-            if n_queues is None and place.netns == access.netns:
-                place.read(access)
-            elif n_queues is None:
-                # A network namespace does not show the sysctls it shares with the host (rps_sock_flow_entries).
-                with HostAccess(place.netns, access.root) as own:
-                    place.read(own)
+            if KINDS[key].scope not in made:
+                _read_where_shown(place, access)
             settings.append(replace(place, wanted=canonical))
     return sorted(settings, key=lambda setting: setting.rank)
 
 
-def check_keys(wanted: Mapping[str, object]) -> None:
-    """Check keys and the form of values without looking at a host; for plans made before the testbed exists."""
-    for text, value in wanted.items():
-        key = _normal_key(text).partition(":")[0]
-        if key not in KINDS:
-            close = difflib.get_close_matches(key, KINDS, n=1, cutoff=0.6)
-            raise WrongSettingError(
-                "unknown setting",
-                where=text,
-                expected="one of " + ", ".join(KINDS),
-                do=f"Is {close[0]} meant?" if close else None,
-            )
-        canonical_value(key, str(value), None)
-
-
-def canonical_value(key: str, text: str, cpus: Iterable[int] | None) -> str:
-    """Return the one spelling of a value a person wrote.
-
-    Parameters
-    ----------
-    cpus : iterable of int, optional
-        CPUs that are online; None leaves that unchecked.
-    """
-    kind, text = KINDS[key], text.strip()
-
-    def wrong(expected: str) -> WrongSettingError:
-        return WrongSettingError("not a value for this setting", where=key, found=repr(text), expected=expected)
-
-    if kind.value in ("mask", "cpus"):
-        if cpus is None and text in CPU_INTENTS:
-            return text
-        try:
-            chosen = parse_cpus(text)
-        except ValueError:
-            raise wrong(f"CPUs as a list (0,2-3), a mask (0x5), off, or one of {', '.join(CPU_INTENTS)}") from None
-        if not chosen and kind.value == "cpus":
-            raise wrong("at least one CPU")
-        missing = sorted(set(chosen) - set(cpus)) if cpus is not None else []
-        if missing:
-            raise wrong("CPUs that are online: " + format_cpus(cpus or ()))
-        return format_cpus(chosen)
-    if kind.value == "switch":
-        words = {"on": "on", "1": "on", "true": "on", "off": "off", "0": "off", "false": "off"}
-        if text.lower() not in words:
-            raise wrong("on or off")
-        return words[text.lower()]
-    if kind.value == "int":
-        number = "0" if text.lower() == "off" else text
-        if not number.isascii() or not number.isdigit() or int(number) > MAX_INT:
-            raise wrong(f"an integer from 0 to {MAX_INT} ({kind.what})")
-        return str(int(number))
-    if kind.value == "stamping":
-        rx_filter, _, tx_type = text.lower().partition("/")
-        tx_type = tx_type or ("off" if rx_filter == "none" else "on")
-        if rx_filter not in RX_FILTERS or tx_type not in TX_TYPES:
-            raise wrong(f"RX/TX, RX one of {', '.join(RX_FILTERS)}, TX one of {', '.join(TX_TYPES)}")
-        return f"{rx_filter}/{tx_type}"
-    if not text.isidentifier():
-        raise wrong("one word")
-    return text
+def _read_where_shown(place: Setting, access: HostAccess) -> None:
+    if place.netns == access.netns:
+        place.read(access)
+        return
+    # A network namespace does not show the sysctls it shares with the host (rps_sock_flow_entries).
+    with HostAccess(place.netns, access.root) as own:
+        place.read(own)
 
 
 def expand(
-    key: str, iface: str | None, netns: str | None, access: HostAccess, n_queues: int | None = None
+    key: str,
+    iface: str | None,
+    netns: str | None,
+    access: HostAccess,
+    made: Mapping[str, Sequence[object]] | None = None,
 ) -> list[Setting]:
     """Return every place of one key on this host, without a wanted value.
 
-    `n_queues` stands for the number of queues when the same configuration changes it.
+    `made` gives the queues or threads of a scope that the same configuration is about to make.
     """
     kind = KINDS[key]
-    if kind.scope in ("host", "cpu"):
+    is_ours = kind.scope in (*HOST_WIDE, "netns")
+    if kind.scope in HOST_WIDE:
         netns = None
-    if kind.scope not in ("host", "cpu", "netns") and iface is None:
+    if not is_ours and iface is None:
         raise HostSettingError("the setting belongs to an interface", where=key, do="Choose one with --iface.")
-    names: list[dict[str, str]] = [{}]
-    if kind.scope in ("rx_queue", "tx_queue"):
-        prefix = kind.scope[:3].replace("_", "-")
-        names = [{"queue": name} for name in access.list(f"sys/class/net/{iface}/queues") if name.startswith(prefix)]
-        if n_queues is not None:
-            names = [{"queue": f"{prefix}{number}"} for number in range(n_queues)]
-        names.sort(key=lambda name: int(name["queue"][3:]))
-    elif kind.scope == "irq":
-        names = [{"irq": str(irq)} for _, irq in sorted(queue_irqs(access, str(iface)).items())]
-    elif kind.scope == "cpu":
-        names = [{"cpu": f"cpu{cpu}"} for cpu in online_cpus(access)]
-        names = [name for name in names if access.exists(f"sys/devices/system/cpu/{name['cpu']}/cpufreq")]
     settings = []
-    for name in names:
-        part = "/".join(name.values())
-        owner = "/".join(filter(None, (iface if kind.scope not in ("host", "cpu", "netns") else None, part)))
+    for part, names in _parts(kind.scope, str(iface), access, made or {}):
+        owner = "/".join(filter(None, (None if is_ours else iface, part)))
         settings.append(
             Setting(
                 key=key,
                 label=f"{key}@{owner}" if owner else key,
-                place=kind.place.format(iface=iface, **name),
+                place=kind.place.format(iface=iface, **names),
                 value=kind.value,
                 rank=kind.rank,
-                iface=iface if kind.scope not in ("host", "cpu", "netns") else None,
+                iface=None if is_ours else iface,
                 netns=netns,
             )
         )
     return settings
 
 
+def _parts(
+    scope: str, iface: str, access: HostAccess, made: Mapping[str, Sequence[object]]
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield what a scope consists of: its name within the owner, and the words that fill in a place."""
+    if scope in ("rx_queue", "tx_queue", "irq", "napi"):
+        prefix = {"rx_queue": "rx-", "tx_queue": "tx-", "irq": "rx-", "napi": "napi-"}[scope]
+        for number in made.get(scope) or _numbers(scope, iface, access):
+            yield f"{prefix}{number}", {"queue": f"{prefix}{number}", "number": str(number)}
+    elif scope in ("cpu", "idle_state"):
+        for cpu in (f"cpu{number}" for number in online_cpus(access)):
+            if scope == "idle_state":
+                states = [name for name in access.list(f"{CPU_DIR}/{cpu}/cpuidle") if name.startswith("state")]
+                for state in sorted(states, key=lambda name: int(name[5:])):
+                    yield f"{cpu}/{state}", {"cpu": cpu, "state": state}
+            elif access.exists(f"{CPU_DIR}/{cpu}/cpufreq"):
+                yield cpu, {"cpu": cpu}
+    else:
+        yield "", {}
+
+
+def _numbers(scope: str, iface: str, access: HostAccess) -> list[int]:
+    if scope == "irq":
+        return sorted(queue_irqs(access, iface))
+    if scope == "napi":
+        return list(range(len(napi_threads(access, iface))))
+    prefix = scope[:3].replace("_", "-")
+    return sorted(int(name[3:]) for name in access.list(f"sys/class/net/{iface}/queues") if name.startswith(prefix))
+
+
+def _made_by(wanted: Mapping[str, object], iface: str | None, access: HostAccess) -> dict[str, Sequence[object]]:
+    """Return the queues, interrupts and threads of each scope that there will be, where the configuration changes that."""
+    made: dict[str, Sequence[object]] = {}
+    given = {normal_key(key): str(value) for key, value in wanted.items()}
+    if iface is not None and _CHANNEL_KEYS.keys() & given.keys():
+        try:
+            now = access.call(access.ethtool.get, iface, "channels")
+        except OSError:
+            return made  # said when the key itself is read
+        n = {name: int(given.get(key, now[name])) for key, name in _CHANNEL_KEYS.items()}
+        made["rx_queue"] = made["irq"] = range(n["combined"] + n["rx"])
+        made["tx_queue"] = range(n["combined"] + n["tx"])
+    if iface is not None and canonical_value("threaded", given.get("threaded", "off"), None) == "on":
+        made["napi"] = ["all"]
+    return made
+
+
 def collateral(settings: Iterable[Setting], access_of: Callable[[str | None], HostAccess]) -> list[Setting]:
-    """Return the places these changes may reset as a side effect, to be remembered and put back."""
+    """Return the places these changes may reset as a side effect, to be remembered and put back.
+
+    A driver that is told by ethtool to change its queues, rings or features may reset anything of the interface, so everything
+    of it is remembered.
+    """
     chosen = list(settings)
     places: dict[tuple[str | None, str], Setting] = {}
     for setting in chosen:
-        if not setting.place.startswith("ethtool:"):
-            continue
-        access, group = access_of(setting.netns), setting.place.split(":")[1]
-        scopes = _RESET_BY.get(group, ())
-        for key, kind in KINDS.items():
-            if kind.scope in scopes:
-                for place in expand(key, setting.iface, setting.netns, access):
-                    places[place.netns, place.place] = place
-        if group == "features":
-            places.update({(place.netns, place.place): place for place in _features(setting, access)})
+        if setting.iface is not None and setting.place.startswith(("ethtool:", "rss:")):
+            for place in iface_settings(setting.iface, setting.netns, access_of(setting.netns)):
+                places.setdefault((place.netns, place.place), place)
     for setting in chosen:
         places.pop((setting.netns, setting.place), None)
     return [place for place in places.values() if _is_readable(place, access_of(place.netns))]
+
+
+def iface_settings(iface: str, netns: str | None, access: HostAccess) -> Iterator[Setting]:
+    """Yield every place of an interface: all keys of :data:`rxlab.host.kinds.KINDS`, and what else ethtool and its IRQs have."""
+    seen = set()
+    for key, kind in KINDS.items():
+        if kind.scope not in (*HOST_WIDE, "netns"):
+            for place in expand(key, iface, netns, access):
+                seen.add(place.place)
+                yield place
+    for place in (*_ethtool_settings(iface, netns, access), *_irq_settings(iface, netns, access)):
+        if place.place not in seen:
+            yield place
 
 
 def read_settings(iface: str | None, netns: str | None, access: HostAccess) -> dict[str, str]:
     """Return ``{label: canonical value}`` of everything that can be set here; what a host does not have is left out."""
     values = {}
     for key, kind in KINDS.items():
-        if iface is None and kind.scope not in ("host", "cpu", "netns"):
+        if iface is None and kind.scope not in (*HOST_WIDE, "netns"):
             continue
         for place in expand(key, iface, netns, access):
             try:
@@ -430,40 +334,48 @@ def read_settings(iface: str | None, netns: str | None, access: HostAccess) -> d
     return values
 
 
-def _features(setting: Setting, access: HostAccess) -> list[Setting]:
-    assert setting.iface is not None
-    features = access.call(access.ethtool.features, setting.iface)
-    return [
-        replace(
-            setting,
-            key=f"feature:{name}",
-            label=f"{name}@{setting.iface}",
-            place=f"ethtool:features:{name}",
-            wanted=None,
-        )
-        for name, state in features.items()
-        if not state["fixed"]
-    ]
+def _ethtool_settings(iface: str, netns: str | None, access: HostAccess) -> Iterator[Setting]:
+    """Yield the fields of ethtool that can change: features by the kernel's names, coalescing, rings."""
+
+    def setting(group: str, name: str, value: str, rank: int) -> Setting:
+        key = f"feature:{name}" if group == "features" else f"{group}:{name}"
+        return Setting(key, f"{name}@{iface}", f"ethtool:{group}:{name}", value, rank, iface, netns)
+
+    try:
+        features = access.call(access.ethtool.features, iface)
+    except OSError:
+        features = {}
+    yield from (setting("features", name, "switch", FEATURES) for name, state in features.items() if not state["fixed"])
+    for group, rank in (("rings", RINGS), ("coalesce", COALESCE)):
+        try:
+            fields = access.call(access.ethtool.get, iface, group)
+        except OSError:
+            continue
+        yield from (setting(group, name, "int", rank) for name in fields if not name.endswith("-max"))
+
+
+def _irq_settings(iface: str, netns: str | None, access: HostAccess) -> Iterator[Setting]:
+    """Yield the interrupts that serve no receive queue: transmit, link changes, management."""
+    of_queues = set(queue_irqs(access, iface).values())
+    for action, irq in device_irqs(access, iface).items():
+        if irq not in of_queues:
+            yield Setting("irq_cpus", f"irq_cpus@{iface}/{action}", f"irq:action:{action}", "cpus", IRQS, iface, netns)
 
 
 def _is_readable(place: Setting, access: HostAccess) -> bool:
+    """Tell whether a place is there and keeps its value: adaptive moderation moves the timers it governs."""
+    group, _, name = place.place.removeprefix("ethtool:").partition(":")
     try:
         place.read(access)
+        if group == "coalesce" and place.iface is not None and name[:3] in ("rx-", "tx-"):
+            fields = access.call(access.ethtool.get, place.iface, "coalesce")
+            return not fields.get(f"adaptive-{name[:2]}")
     except HostSettingError:
         return False
     return True
 
 
-def _normal_key(text: str) -> str:
-    """Accept rx_usecs for rx-usecs: Python and TOML like underscores, ethtool has hyphens."""
-    key, colon, queue = text.strip().partition(":")
-    if key not in KINDS and key.replace("_", "-") in KINDS:
-        key = key.replace("_", "-")
-    if colon and not queue.isdigit():
-        raise WrongSettingError("not a queue number", where=text, found=repr(queue), expected="KEY:N, as in rps_cpus:0")
-    return key + colon + queue
-
-
-def _queue_number(setting: Setting) -> int:
-    tail = setting.label.rsplit("/", 1)[-1]
-    return int(tail[3:]) if tail[:3] in ("rx-", "tx-") else -1
+def _number(setting: Setting) -> int:
+    """Return the number of the queue, CPU, thread or idle state that a label ends in, -1 for none."""
+    match = re.search(r"(?:rx-|tx-|napi-|cpu|state)(\d+)$", setting.label)
+    return int(match[1]) if match else -1

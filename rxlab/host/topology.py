@@ -14,7 +14,8 @@ from rxlab.errors import HostSettingError
 from rxlab.host.access import HostAccess
 from rxlab.host.cpulist import CPU_DIR, CPU_INTENTS, mask_to_cpus, online_cpus, parse_cpus
 from rxlab.host.interrupts import queue_irqs
-from rxlab.host.settings import KINDS, read_settings
+from rxlab.host.kinds import KINDS
+from rxlab.host.settings import read_settings
 
 # Sysctls that change what a packet meets. Under net.core only a few exist in a namespace other than the first.
 _CORE = (

@@ -13,7 +13,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -22,10 +22,14 @@ from typing import Any
 from rxlab.errors import HostSettingError, RxlabError
 from rxlab.host.access import HostAccess, netns_path
 from rxlab.host.functiontrace import remove_instance
+from rxlab.host.kinds import IRQBALANCE
 from rxlab.host.settings import Setting
 
 # In the environment of every process a transaction starts, and so of what those start.
 TAG = "RXLAB_TRANSACTION"
+
+# How often what is not back is written again.
+PASSES = 3
 
 # How long a helper may take to write out what it has after SIGTERM before it is killed.
 STOP_SECONDS = 1.5
@@ -64,6 +68,11 @@ class RestoreReport:
         """Whether everything that had to be put back is back."""
         return not self.failed
 
+    def add(self, other: RestoreReport) -> None:
+        """Take in what another restore did."""
+        for name, values in vars(other).items():
+            getattr(self, name).extend(values)
+
     def lines(self) -> list[str]:
         """Return the report as lines of text."""
         lines = list(self.messages)
@@ -90,8 +99,13 @@ class AccessCache:
             self._opened[netns] = self._open(netns)
         return self._opened[netns]
 
+    def leave_namespaces(self) -> None:
+        """Leave all namespaces, but stay on the host itself, where something may be held."""
+        for netns in [name for name in self._opened if name is not None]:
+            self._opened.pop(netns).close()
+
     def close(self) -> None:
-        """Leave all namespaces."""
+        """Leave everything."""
         for access in self._opened.values():
             access.close()
         self._opened.clear()
@@ -114,7 +128,9 @@ def restore_change(
     for fields in change["settings"]:
         setting, before = Setting.from_json(fields), fields["before"]
         if before is None:
+            _reset_thread(setting, access_of)
             continue
+        setting.release(access_of(setting.netns))
         last_seen = got.get(setting.label) if got is not None else None
         now = _value(setting, access_of)
         if last_seen is not None and now not in (None, last_seen, setting.canonical(before)):
@@ -122,18 +138,42 @@ def restore_change(
         else:
             todo.append((setting, before))
     # A write of low rank may reset settings of higher rank, or bring their queues back: each is looked at when its turn comes.
-    for setting, before in sorted(todo, key=lambda item: item[0].rank):
+    # What a driver refuses because of another setting (fewer channels than the RSS table uses) is tried again after that.
+    todo.sort(key=lambda item: (item[0].rank == IRQBALANCE, item[0].rank))
+    for _ in range(PASSES):
+        errors = _write_back_all(todo, access_of, report)
+        values = {setting.label: _value(setting, access_of) for setting, _ in todo}
+        if all(values[setting.label] in (None, setting.canonical(before)) for setting, before in todo):
+            break
+    for setting, before in todo:
+        now = values[setting.label]
+        if now is None:
+            report.gone.append(setting.label)
+        elif now != setting.canonical(before):
+            report.failed.append(
+                errors.get(setting.label, f"{setting.label} is {now} and not {setting.canonical(before)}")
+            )
+
+
+def _write_back_all(
+    todo: Iterable[tuple[Setting, str]], access_of: AccessCache, report: RestoreReport
+) -> dict[str, str]:
+    """Write every setting that is not as before, and return what was refused, by label."""
+    errors = {}
+    for setting, before in todo:
         try:
             if _value(setting, access_of) is not None:
                 _write_back(setting, before, access_of(setting.netns), report)
         except RxlabError as error:
-            report.failed.append(str(error))
-    for setting, before in todo:
-        now = _value(setting, access_of)
-        if now is None:
-            report.gone.append(setting.label)
-        elif now != setting.canonical(before) and not any(setting.label in text for text in report.failed):
-            report.failed.append(f"{setting.label} is {now} and not {setting.canonical(before)}")
+            errors[setting.label] = str(error)
+    return errors
+
+
+def _reset_thread(setting: Setting, access_of: AccessCache) -> None:
+    """Send a NAPI thread that the change made back to all CPUs: before Linux 6.17 it stays when ``threaded`` goes off."""
+    if setting.place.startswith("napi:"):
+        with suppress(RxlabError):
+            setting.write(access_of(setting.netns), "")
 
 
 def _value(setting: Setting, access_of: AccessCache) -> str | None:
@@ -146,7 +186,7 @@ def _value(setting: Setting, access_of: AccessCache) -> str | None:
 
 def _write_back(setting: Setting, before: str, access: HostAccess, report: RestoreReport) -> None:
     for attempt in range(4):
-        if setting.canonical(setting.read(access)) == setting.canonical(before):
+        if setting.read(access) == before:
             return
         try:
             setting.write(access, before)
@@ -156,7 +196,8 @@ def _write_back(setting: Setting, before: str, access: HostAccess, report: Resto
                 raise
             time.sleep(0.05)
             continue
-        report.restored.append(setting.label)
+        if setting.label not in report.restored:
+            report.restored.append(setting.label)
         return
 
 

@@ -36,7 +36,8 @@ from rxlab.errors import FormatError, HostSettingError, UsageError
 from rxlab.host.access import HostAccess
 from rxlab.host.cpulist import online_cpus
 from rxlab.host.journal import apply
-from rxlab.host.settings import KINDS, canonical_value, parse_settings
+from rxlab.host.kinds import HOST_WIDE, KINDS, canonical_value
+from rxlab.host.settings import parse_settings
 from rxlab.host.topology import resolve_intents
 from rxlab.record.ports import captured_port, open_testbed
 from rxlab.record.recording import ARM_OF, IDLE_CHOICES
@@ -321,7 +322,7 @@ def check_host(spec: Spec, *, testbed: bool | str, iface: str | None, access: Ho
             kind = key.partition(":")[0].strip()
             kind = kind if kind in KINDS else kind.replace("_", "-")
             canonical_value(kind, str(value), cpus)
-            is_host_wide |= KINDS[kind].scope in ("host", "cpu") or not is_veth
+            is_host_wide |= KINDS[kind].scope in HOST_WIDE or not is_veth
         if not is_veth:
             parse_settings(wanted, port or iface, access=access)
     return is_host_wide

@@ -19,7 +19,8 @@ from typing import Any
 from rxlab.errors import UsageError
 from rxlab.host.access import HostAccess
 from rxlab.host.journal import Transaction, apply
-from rxlab.host.settings import Setting, check_keys, parse_settings
+from rxlab.host.kinds import check_keys
+from rxlab.host.settings import Setting, parse_settings
 from rxlab.host.topology import resolve_intents
 from rxlab.host.undo import interrupt_later
 from rxlab.record.capture import capture, note_restored

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from rxlab.host.journal import Transaction, restore
+from rxlab.host.journal import Transaction
+from rxlab.host.recovery import restore
 from rxlab.record.testbed import NETNS_FOLDER, Endpoint, Testbed, run_checked
 
 N_MOMENTS = 50 if os.environ.get("RXLAB_LONG") == "1" else 8
@@ -159,7 +160,7 @@ def test_a_watchdog_that_was_killed_too_leaves_it_to_restore(
         assert victim.poll() is None
         time.sleep(0.02)
     for pid, command in marked(mark).items():
-        if "journal watchdog" in command:
+        if "recovery watchdog" in command:
             os.kill(pid, signal.SIGKILL)
     victim.kill()
     victim.wait()

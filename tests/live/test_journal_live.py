@@ -15,7 +15,8 @@ import pytest
 
 from rxlab.errors import HostSettingError
 from rxlab.host.access import HostAccess
-from rxlab.host.journal import apply, restore
+from rxlab.host.journal import apply
+from rxlab.host.recovery import restore
 from rxlab.host.settings import parse_settings, read_settings
 from rxlab.host.undo import TAG
 
