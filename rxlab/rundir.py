@@ -10,14 +10,15 @@ A run directory is what capture leaves and analysis reads; nothing else passes b
     "filters": {event: expression}, "pages", "stderr", "lost": int|null}|null,
     "functions": {"patterns", "missing_patterns": [str], "clock", "calls", "lost": int}|null, "tcpdump": {"version", "argv", "exit_code",
     "captured", "received", "dropped", "fence": {"captured", "received"}, "copies", "stderr"}|null, "idle": {"asked",
-    "spinners": bool}, "sweep": {"cell", "repetition", "labels"}|null, "asked": {...}, "got": {"settings", "restored": bool, ...}}``.
+    "spinners": bool}, "sweep": {"cell", "repetition", "labels"}|null, "asked": {...}, "got": {"settings", "drift": {label: [at the start, at the end]}, "restored": bool, ...}}``.
     ``fence`` are tcpdump's counts when every packet of the traffic was written; on live traffic more may come until it
     ends. ``copies`` is how often the kernel shows a packet to a tap (2 on lo, of which libpcap hides one).
 ``host.json``
     ``{"schema_version", "kernel", "hostname", "cpus": [{"cpu", "core", "package", "llc", "node", "online"}], "ifaces": {name:
-    {"mac", "addresses", "driver", "bus", "queues": [{"queue", "irq", "irq_cpus", "rps_cpus", "rps_flow_cnt", "xps_cpus"}],
-    "features", "coalesce", "rings", "channels", "timestamping", "settings"}}, "sysctls": {name: value}, "governor",
-    "irqbalance": bool, "tcp_early_demux"}``
+    {"mac", "addresses", "driver", "bus", "queues": [{"queue", "irq", "irq_cpus", "irq_effective", "rps_cpus", "rps_flow_cnt",
+    "xps_cpus"}], "features", "coalesce", "rings", "channels", "rss": {"table": [queue], "key"}|null, "irqs": {name: irq}, "flags",
+    "tx_queue_len", "timestamping", "settings"}}, "settings": {label: value}, "sysctls": {name: value}, "governor",
+    "irqbalance": bool, "tcp_early_demux"}``; ``rxlab host export`` adds "irqs", "network" and "tracing" of the whole host
 ``clock.json``
     ``{"schema_version", "readings": [{"when": "before"|"during"|"after", "mono_before", "real", "mono_after", "raw_before", "raw",
     "raw_after"}]}``: CLOCK_REALTIME, and CLOCK_MONOTONIC_RAW, each between two readings of CLOCK_MONOTONIC, the narrowest of

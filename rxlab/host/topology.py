@@ -13,7 +13,7 @@ from typing import Any
 from rxlab.errors import HostSettingError
 from rxlab.host.access import HostAccess
 from rxlab.host.cpulist import CPU_DIR, CPU_INTENTS, mask_to_cpus, online_cpus, parse_cpus
-from rxlab.host.interrupts import queue_irqs
+from rxlab.host.interrupts import device_irqs, parse_interrupts, queue_irqs
 from rxlab.host.kinds import KINDS
 from rxlab.host.settings import read_settings
 
@@ -34,8 +34,12 @@ SYSCTLS = (
 )
 
 
-def snapshot_host(iface: str | None, netns: str | None = None, root: Path = Path("/")) -> dict[str, Any]:
+def snapshot_host(
+    iface: str | None, netns: str | None = None, root: Path = Path("/"), *, everything: bool = False
+) -> dict[str, Any]:
     """Return what host.json holds (layout: rundir.py): what the machine is and how it is set.
+
+    Nothing in it changes by itself, so two snapshots with nothing between them are equal.
 
     Parameters
     ----------
@@ -45,6 +49,8 @@ def snapshot_host(iface: str | None, netns: str | None = None, root: Path = Path
         Network namespace of the interface; CPUs and host-wide sysctls are those of the host anyway.
     root : Path
         Directory that stands for ``/``.
+    everything : bool
+        Also all interrupts, all sysctls of the network and what is set up in tracefs: ``rxlab host export``.
 
     Raises
     ------
@@ -64,6 +70,9 @@ def snapshot_host(iface: str | None, netns: str | None = None, root: Path = Path
             [iface] if iface is not None else [name for name in names if inside.exists(f"sys/class/net/{name}/mtu")]
         )
         sysctls = {name: _sysctl(inside, name) or _sysctl(host, name) for name in SYSCTLS}
+        more = (
+            {"irqs": _all_irqs(host), "network": _all_sysctls(inside), "tracing": _tracing(host)} if everything else {}
+        )
         return {
             "kernel": host.try_read("proc/sys/kernel/osrelease") or platform.release(),
             "hostname": host.try_read("proc/sys/kernel/hostname") or platform.node(),
@@ -79,7 +88,38 @@ def snapshot_host(iface: str | None, netns: str | None = None, root: Path = Path
             "clocksource": host.try_read("sys/devices/system/clocksource/clocksource0/current_clocksource"),
             "irqbalance": is_running(host, "irqbalance"),
             "tcp_early_demux": sysctls["net.ipv4.tcp_early_demux"],
+            **more,
         }
+
+
+def _all_irqs(host: HostAccess) -> dict[str, dict[str, str | None]]:
+    """Return what every interrupt is called, where it may run and where it does."""
+    table = parse_interrupts(host.try_read("proc/interrupts") or "")
+    return {
+        irq: {
+            "label": str(row["label"]),
+            "cpus": host.try_read(f"proc/irq/{irq}/smp_affinity_list"),
+            "effective": host.try_read(f"proc/irq/{irq}/effective_affinity_list"),
+        }
+        for irq, row in table.items()
+        if irq.isdigit()
+    }
+
+
+def _all_sysctls(access: HostAccess) -> dict[str, str]:
+    """Return every file right below net.core, net.ipv4 and net.ipv6, but no secret (tcp_fastopen_key, netdev_rss_key)."""
+    found = {}
+    for folder in ("core", "ipv4", "ipv6"):
+        for name in access.list(f"proc/sys/net/{folder}"):
+            value = access.try_read(f"proc/sys/net/{folder}/{name}") if not name.endswith(("_key", "_secret")) else None
+            if value is not None:
+                found[f"net.{folder}.{name}"] = value
+    return found
+
+
+def _tracing(host: HostAccess) -> dict[str, str | None]:
+    names = ("current_tracer", "tracing_on", "set_event", "kprobe_events", "uprobe_events", "dynamic_events")
+    return {name: host.try_read(f"sys/kernel/tracing/{name}") for name in names}
 
 
 def read_cpus(access: HostAccess) -> list[dict[str, Any]]:
@@ -244,6 +284,10 @@ def _iface(access: HostAccess, host: HostAccess, iface: str) -> dict[str, Any]:
         "queues": read_queues(access, iface),
         "features": {name: state["active"] for name, state in features.items()} if features else None,
         **{group: ask(tool.get, group) for group in ("coalesce", "rings", "channels")},
+        "rss": {"table": list(rss[0]), "key": rss[1].hex(":")} if (rss := ask(tool.rss)) else None,
+        "irqs": device_irqs(access, iface),
+        "flags": access.try_read(f"sys/class/net/{iface}/flags"),
+        "tx_queue_len": access.try_read(f"sys/class/net/{iface}/tx_queue_len"),
         "timestamping": ask(tool.timestamping),
         "settings": {
             label: value for label, value in read_settings(iface, access.netns, access).items() if f"@{iface}" in label

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,4 +47,11 @@ def host_text(snapshot: Mapping[str, Any]) -> str:
                 if queue.get(key) not in (None, "")
             ]
             lines.append(f"  queue {queue.get('queue')}: " + ", ".join(facts))
-    return "\n".join(lines)
+        lines += _settings_lines(iface.get("settings") or {}, f"@{name}", "  ")
+    return "\n".join([*lines, *_settings_lines(snapshot.get("settings") or {}, "", "")])
+
+
+def _settings_lines(settings: Mapping[str, str], owner: str, indent: str) -> list[str]:
+    """Return settings that are not of one queue as lines, several to a line; queues have theirs."""
+    texts = [f"{label.removesuffix(owner)}={value}" for label, value in settings.items() if "/" not in label]
+    return textwrap.wrap("  ".join(texts), 118, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
