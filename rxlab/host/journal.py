@@ -174,16 +174,18 @@ class Transaction:
                 access, raw = self._access_of(setting.netns), setting.encode(setting.wanted or "")
                 if setting.has(access):
                     continue  # rings of the size they have would still cost the link
+                if before:
+                    setting.release(access)
                 try:
                     setting.write(access, raw)
                 except HostSettingError as error:
                     if error.found != os.strerror(errno.EINVAL):
                         raise
-                    refused[setting.label] = error
+                    refused[setting.id] = error
             if refused.keys() == before.keys() and refused:
                 raise next(iter(refused.values()))
-            lowest = min((setting.rank for setting in chosen if setting.label in refused), default=len(KINDS))
-            waiting = [setting for setting in chosen if setting.rank > lowest or setting.label in refused]
+            lowest = min((setting.rank for setting in chosen if setting.id in refused), default=len(KINDS))
+            waiting = [setting for setting in chosen if setting.rank > lowest or setting.id in refused]
 
     def _snapshot(self, chosen: list[Setting]) -> dict[str, Any]:
         self._n_changes += 1
@@ -201,7 +203,7 @@ class Transaction:
         return {"kind": "change", "change": self._n_changes, "settings": fields}
 
     def _read_back(self, record: dict[str, Any], *, exact: bool) -> dict[str, str]:
-        """Return what the host shows after the writes, by label, of all remembered places."""
+        """Return what the host shows after the writes, by id, of all remembered places."""
         got = {}
         for fields in record["settings"]:
             setting = Setting.from_json(fields)
@@ -212,7 +214,7 @@ class Transaction:
                 if setting.wanted is None:
                     continue  # a queue that the change removed
                 raise
-            got[setting.label] = value
+            got[setting.id] = value
             if setting.wanted is None:
                 continue
             if exact and not (value == setting.wanted and setting.is_in_effect(access)):

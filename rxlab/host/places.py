@@ -23,6 +23,7 @@ from rxlab.host.napi import allowed_cpus, napi_threads
 
 # Raw text of an interrupt's place: the mask, then where the kernel had put the interrupt within it.
 EFFECTIVE = "|"
+MOVE_SECONDS, STOP_SECONDS = 0.01, 1.0
 
 
 def read_place(place: str, iface: str | None, access: HostAccess) -> str:
@@ -70,6 +71,10 @@ def _read_ethtool(rest: str, iface: str, access: HostAccess) -> str:
 def _write_ethtool(rest: str, iface: str, access: HostAccess, raw: str) -> None:
     group, name = rest.split(":")
     if group == "features":
+        state = access.call(access.ethtool.features, iface)[name]
+        if state["fixed"] and state["requested"] != (raw == "1"):
+            # The kernel takes such a wish without a word and does nothing (__ethtool_set_features, net/ethtool/ioctl.c).
+            raise OSError(errno.EOPNOTSUPP, "the driver does not let it be switched")
         access.call(access.ethtool.set_feature, iface, name, raw == "1")
     elif group == "hwtstamp":
         access.call(access.ethtool.set_stamping, iface, raw)
@@ -119,8 +124,10 @@ def _write_irq(rest: str, iface: str, access: HostAccess, raw: str) -> None:
     file = f"proc/irq/{_irq(rest, iface, access)}/smp_affinity_list"
     if effective:
         # An interrupt stays on its CPU as long as the mask allows (assign_vector_locked, arch/x86/kernel/apic/vector.c): first
-        # the CPU it was on, then the mask it had.
+        # the CPU it was on, then the mask it had. Without interrupt remapping it moves when it next comes: a quiet one is left
+        # to the kernel.
         access.write(file, effective)
+        _wait_for(lambda: _read_irq(rest, iface, access).partition(EFFECTIVE)[2] == effective, MOVE_SECONDS)
     access.write(file, mask)
 
 
@@ -171,9 +178,14 @@ def _write_process(rest: str, iface: str, access: HostAccess, raw: str) -> None:
         raise ProcessLookupError(errno.ESRCH, f"{rest} is not running")
     for pid in pids:
         access.signal(pid, signal.SIGCONT if raw == "1" else signal.SIGSTOP)
-    deadline = time.monotonic() + 1
-    while _read_process(rest, iface, access) != raw and time.monotonic() < deadline:
-        time.sleep(0.005)  # the signal is seen when the process next runs
+    # The signal is seen when the process next runs.
+    _wait_for(lambda: _read_process(rest, iface, access) == raw, STOP_SECONDS)
+
+
+def _wait_for(is_so: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_so() and time.monotonic() < deadline:
+        time.sleep(0.002)
 
 
 # -- wishes that last as long as a file is open

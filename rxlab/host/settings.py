@@ -64,6 +64,11 @@ class Setting:
     netns: str | None
     wanted: str | None = None
 
+    @property
+    def id(self) -> str:
+        """What tells it from every other: two namespaces may have an interface of the same name."""
+        return f"{self.netns or ''} {self.iface or ''} {self.place}"
+
     def to_json(self) -> dict[str, Any]:
         """Return the fields for the journal."""
         return asdict(self)

@@ -121,7 +121,7 @@ def restore_change(
     change : mapping
         The journal's "change" record: each setting with its raw value ``before``, None where it did not exist.
     got : mapping or None
-        Canonical values read back after the change, by label; None when the change was still being written, so that any
+        Canonical values read back after the change, by id; None when the change was still being written, so that any
         value may be ours.
     """
     todo: list[tuple[Setting, str]] = []
@@ -131,7 +131,7 @@ def restore_change(
             _reset_thread(setting, access_of)
             continue
         setting.release(access_of(setting.netns))
-        last_seen = got.get(setting.label) if got is not None else None
+        last_seen = got.get(setting.id) if got is not None else None
         now = _value(setting, access_of)
         if last_seen is not None and now not in (None, last_seen, setting.canonical(before)):
             report.foreign.append(f"{setting.label} is {now}, we had left it at {last_seen}")
@@ -142,30 +142,30 @@ def restore_change(
     todo.sort(key=lambda item: (item[0].rank == IRQBALANCE, item[0].rank))
     for _ in range(PASSES):
         errors = _write_back_all(todo, access_of, report)
-        values = {setting.label: _value(setting, access_of) for setting, _ in todo}
-        if all(values[setting.label] in (None, setting.canonical(before)) for setting, before in todo):
+        values = {setting.id: _value(setting, access_of) for setting, _ in todo}
+        if all(values[setting.id] in (None, setting.canonical(before)) for setting, before in todo):
             break
     for setting, before in todo:
-        now = values[setting.label]
+        now = values[setting.id]
         if now is None:
             report.gone.append(setting.label)
         elif now != setting.canonical(before):
             report.failed.append(
-                errors.get(setting.label, f"{setting.label} is {now} and not {setting.canonical(before)}")
+                errors.get(setting.id, f"{setting.label} is {now} and not {setting.canonical(before)}")
             )
 
 
 def _write_back_all(
     todo: Iterable[tuple[Setting, str]], access_of: AccessCache, report: RestoreReport
 ) -> dict[str, str]:
-    """Write every setting that is not as before, and return what was refused, by label."""
+    """Write every setting that is not as before, and return what was refused, by id."""
     errors = {}
     for setting, before in todo:
         try:
             if _value(setting, access_of) is not None:
                 _write_back(setting, before, access_of(setting.netns), report)
         except RxlabError as error:
-            errors[setting.label] = str(error)
+            errors[setting.id] = str(error)
     return errors
 
 

@@ -126,7 +126,7 @@ def test_a_kill_leaves_nothing(
     left = wait_clean(mark, identifier, machine, WATCHDOG_SECONDS)
     if left:
         restore(tmp_path / "victim" / "journal")
-        assert not (still := leftovers(mark, identifier, machine)), f"not even 'rxlab restore' removed: {still}"
+        assert not (still := wait_clean(mark, identifier, machine, 2.0)), f"not even 'rxlab restore' removed: {still}"
         pytest.fail(f"the watchdog left, and only 'rxlab restore' removed: {left}")
 
 

@@ -87,6 +87,10 @@ def prepare(iface: str) -> None:
         name = line.split()[-1] if line.split() else ""
         if name.startswith(f"{iface}-") or name == iface:
             Path(f"/proc/irq/{line.split(':')[0].strip()}/smp_affinity_list").write_text("1,3")
+    # An interrupt moves when it next comes, or when it is requested anew.
+    subprocess.run(["ip", "link", "set", iface, "down"], check=True)
+    subprocess.run(["ip", "link", "set", iface, "up"], check=True)
+    time.sleep(3)
 
 
 def changes(iface: str, folder: Path) -> list[dict[str, Any]]:
