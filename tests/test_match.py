@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rxlab.follow.match import classify_stamp, match_packets
+from rxlab.follow.match import classify_stamp, match_by_flow, match_packets
 
 
 def windows(event_time: np.ndarray, before: int, after: int) -> tuple[np.ndarray, np.ndarray]:
@@ -90,3 +90,27 @@ def test_stamp_position_is_told_from_the_data() -> None:
     assert position(quick + 700, quick) == "tap"
     empty = driver[:0]
     assert classify_stamp(driver, length, empty, empty, empty, empty, empty)[0] == "unknown"
+
+
+def test_packets_of_two_queues_keep_their_flows() -> None:
+    """Two CPUs hand up equal packets; one is slow between stamp and event, so order alone gives its packet to the other flow."""
+    stamp = np.arange(20) * 100_000
+    flow = np.arange(20) % 2
+    # Two packets of flow 0 enter the stack after flow 1's next.
+    event = stamp + np.where(np.isin(np.arange(20), (4, 12)), 150_000, 3_000)
+    low = stamp - 500_000
+    hashes = np.where(flow == 0, 11, 22)
+    sizes = np.full(20, 64)
+    every = np.ones(20, bool)
+    plain = match_packets(stamp, sizes, low, event, sizes, event, every)
+    assert (plain.event != np.arange(20)).any(), "order alone does not do, so that this test can fail"
+    matched = match_by_flow(stamp, sizes, low, event, sizes, event, every, flow, hashes)
+    assert matched.event.tolist() == list(range(20))
+
+
+def test_a_flow_whose_hash_changes_is_still_matched() -> None:
+    stamp = np.arange(8) * 10_000
+    hashes = np.array([5, 5, 5, 5, 5, 5, 9, 9])
+    sizes = np.full(8, 64)
+    matched = match_by_flow(stamp, sizes, stamp, stamp + 900, sizes, stamp + 900, None, np.zeros(8, int), hashes)
+    assert matched.event.tolist() == list(range(8))

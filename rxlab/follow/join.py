@@ -20,7 +20,7 @@ from rxlab.follow.asof import AsOf, pick
 from rxlab.follow.clockfit import NAT, RESIDUAL_QUANTILES, ClockMap
 from rxlab.follow.consumption import Consumption, Segments, receive_events, unwrap_sequence
 from rxlab.follow.kernelpath import KernelPath, event_columns, follow_kernel
-from rxlab.follow.match import STALL_NS, TOLERANCE_NS, Matched, classify_stamp, match_packets
+from rxlab.follow.match import STALL_NS, TOLERANCE_NS, Matched, classify_stamp, match_by_flow
 from rxlab.follow.queues import consume_datagrams
 from rxlab.follow.stagetable import StageTable
 from rxlab.follow.status import (
@@ -228,14 +228,20 @@ def _match(path: KernelPath, received: Columns, stamp: np.ndarray, clock: ClockM
     if position == "bracket":
         low = np.where(has_driver, columns["stamp_low"] - tolerance, rx_time - STALL_NS)
         high = np.where(has_driver, columns["stamp_high"] + tolerance, rx_time + tolerance)
-        expected = np.where(has_driver, columns["stamp_low"], rx_time)
+        # GRO hands up, and stamps, at the end of a poll; a packet that was not moved enters the stack right after.
+        is_napi = columns["path_kind"] == PATH_KINDS.index("napi")
+        expected = np.where(has_driver & ~is_napi, columns["stamp_low"], rx_time)
     elif position == "tap":
         low, high = rx_time - tolerance, _tap_limit(path) + tolerance
         expected = rx_time
     else:
         first = path.first_event()
         low, high, expected = first - STALL_NS, first + tolerance, first
-    matched = match_packets(stamp, length, low, high, columns["len"], expected)
+    # Two queues' polls overlap: what one driver got first it may hand up last. Each such window ends where its skb goes on.
+    overtaking = has_driver if position == "bracket" else None
+    matched = match_by_flow(
+        stamp, length, low, high, columns["len"], expected, overtaking, received["directed_flow"], columns["hash"]
+    )
     found = matched.event >= 0
     residual = stamp[found] - expected[matched.event[found]]
     quantiles = {q: float(np.quantile(residual, q)) for q in RESIDUAL_QUANTILES} if found.any() else {}

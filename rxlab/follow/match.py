@@ -107,6 +107,7 @@ def match_packets(
     window_high: np.ndarray,
     event_len: np.ndarray,
     event_time: np.ndarray,
+    may_overtake: np.ndarray | None = None,
 ) -> Matched:
     """Assign packets to events, order-preserving, inside each event's stamp window and with equal lengths.
 
@@ -119,6 +120,8 @@ def match_packets(
         Where the stamp of the event's packet must lie.
     event_time : int64 array, dims (event,), nanoseconds of CLOCK_MONOTONIC
         Where it is expected, and the order of the events.
+    may_overtake : bool array, dims (event,), optional
+        Events whose packet may have been stamped out of this order: what the ordered assignment leaves over is matched again.
     """
     packets = np.argsort(packet_time, kind="stable")
     events = np.argsort(event_time, kind="stable")
@@ -130,14 +133,132 @@ def match_packets(
     middle = np.searchsorted(stamp, event_time[events])
     first = np.maximum(np.searchsorted(stamp, low, side="left"), middle - MAX_CANDIDATES)
     last = np.minimum(np.searchsorted(stamp, high, side="right"), middle + MAX_CANDIDATES)
-    chosen, ambiguous = _heaviest_chain(
-        stamp, packet_len[packets].astype(np.int64), event_len[events].astype(np.int64), event_time[events], first, last
-    )
+    x_len, e_len = packet_len[packets].astype(np.int64), event_len[events].astype(np.int64)
+    chosen, ambiguous = _heaviest_chain(stamp, x_len, e_len, event_time[events], first, last)
+    if may_overtake is not None:
+        left = _Left(stamp, x_len, e_len, event_time[events], first, last)
+        ambiguous = left.match(chosen, ambiguous, may_overtake[events])
     result = np.full(len(packet_time), -1, np.int64)
     result[packets] = np.where(chosen >= 0, events[np.maximum(chosen, 0)], -1)
     flags = np.zeros(len(packet_time), bool)
     flags[packets] = ambiguous
     return Matched(result, flags)
+
+
+def match_by_flow(
+    packet_time: np.ndarray,
+    packet_len: np.ndarray,
+    window_low: np.ndarray,
+    window_high: np.ndarray,
+    event_len: np.ndarray,
+    event_time: np.ndarray,
+    may_overtake: np.ndarray | None,
+    flow: np.ndarray,
+    flow_hash: np.ndarray,
+) -> Matched:
+    """Assign as :func:`match_packets`, then again by what that taught: which hash each flow has.
+
+    Queues are polled on several CPUs at once, so stamps and events of equal lengths come in different orders, and order alone
+    then swaps packets of different flows.
+
+    Parameters
+    ----------
+    packet_time, packet_len, window_low, window_high, event_len, event_time, may_overtake
+        As :func:`match_packets`.
+    flow : int array, dims (packet,)
+        Directed flow, -1 where none.
+    flow_hash : int64 array, dims (event,)
+        skb->hash as the driver had it; 0 or less where it had none.
+    """
+    windows = (window_low, window_high)
+    found = match_packets(packet_time, packet_len, *windows, event_len, event_time, may_overtake)
+    group = _flow_groups(found.event, flow, flow_hash)
+    if group is None:
+        return found
+    span = int(max(packet_len.max(initial=0), event_len.max(initial=0))) + 1
+    again = match_packets(
+        packet_time, packet_len + span * group[0], *windows, event_len + span * group[1], event_time, may_overtake
+    )
+    event, ambiguous = again.event.copy(), again.ambiguous.copy()
+    # A hash may change (a socket that retransmits takes a new one): what the flows leave over goes by order alone.
+    free = np.ones(len(event_time), bool)
+    free[event[event >= 0]] = False
+    packets, events = np.flatnonzero(event < 0), np.flatnonzero(free)
+    rest = match_packets(
+        packet_time[packets],
+        packet_len[packets],
+        window_low[events],
+        window_high[events],
+        event_len[events],
+        event_time[events],
+        None if may_overtake is None else may_overtake[events],
+    )
+    event[packets] = np.where(rest.event >= 0, events[np.maximum(rest.event, 0)], -1) if len(events) else -1
+    ambiguous[packets] = rest.ambiguous
+    return Matched(event, ambiguous)
+
+
+def _flow_groups(event: np.ndarray, flow: np.ndarray, flow_hash: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Number packets and events by the hash of their flow, 0 for unknown; None where no match contradicts the hashes.
+
+    A flow has the hash that three of four of its matched events have, and two at least.
+    """
+    rows = np.flatnonzero((event >= 0) & (flow >= 0))
+    rows = rows[flow_hash[event[rows]] > 0]
+    if not len(rows):
+        return None
+    pairs, count = np.unique(np.stack([flow[rows], flow_hash[event[rows]]]), axis=1, return_counts=True)
+    total = np.bincount(flow[rows], minlength=int(flow.max()) + 1)
+    if len(np.unique(pairs[0])) == pairs.shape[1] and (event >= 0).all():
+        return None
+    sure = (count >= 2) & (4 * count >= 3 * total[pairs[0]])
+    of_flow = np.zeros(len(total), np.int64)
+    known = np.unique(pairs[1][sure])
+    of_flow[pairs[0][sure]] = 1 + np.searchsorted(known, pairs[1][sure])
+    at = np.minimum(np.searchsorted(known, flow_hash), max(len(known) - 1, 0))
+    of_event = np.where(known[at] == flow_hash, 1 + at, 0) if len(known) else np.zeros(len(flow_hash), np.int64)
+    return np.where(flow >= 0, of_flow[np.maximum(flow, 0)], 0), of_event
+
+
+@dataclass(frozen=True)
+class _Left:
+    """Packets and events as the ordered assignment sees them: by stamp, and by expected time with a slice of the stamps each."""
+
+    stamp: np.ndarray
+    x_len: np.ndarray
+    e_len: np.ndarray
+    event_time: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+
+    def match(self, chosen: np.ndarray, ambiguous: np.ndarray, may_overtake: np.ndarray) -> np.ndarray:
+        """Assign what is left over, in rounds each of which keeps the order; fill `chosen`, return who is ambiguous then."""
+        taken = np.zeros(len(self.e_len), bool)
+        taken[chosen[chosen >= 0]] = True
+        while True:
+            events, packets = np.flatnonzero(may_overtake & ~taken), np.flatnonzero(chosen < 0)
+            low, high = (np.searchsorted(packets, edge[events]) for edge in (self.first, self.last))
+            more, _ = _heaviest_chain(
+                self.stamp[packets], self.x_len[packets], self.e_len[events], self.event_time[events], low, high
+            )
+            found = more >= 0
+            if not found.any():
+                return ambiguous
+            chosen[packets[found]] = events[more[found]]
+            taken[events[more[found]]] = True
+            ambiguous = (chosen >= 0) & _fits_free_event(self.x_len, self.e_len, self.first, self.last, taken)
+
+
+@njit(cache=True, nogil=True)
+def _fits_free_event(x_len, e_len, first, last, taken):
+    """Tell which packets could also be one of the events that nobody has."""
+    fits = np.zeros(len(x_len), np.bool_)
+    for j in range(len(e_len)):
+        if not taken[j]:
+            for i in range(first[j], last[j]):
+                if e_len[j] == x_len[i]:
+                    fits[i] = True
+    return fits
 
 
 @njit(cache=True, nogil=True)

@@ -135,7 +135,16 @@ def qemu(version: str, cpus: int, folder: Path) -> list[str]:
         argv += ["-netdev", f"hubport,id=port{port},hubid=0"]
         argv += ["-device", f"{device},netdev=port{port},mac={mac},romfile="]
     # Mitigations cost an emulated CPU a flushed TLB per system call; expedited RCU spares perf seconds per event it opens.
-    words = ["console=ttyS0", "panic=-1", "loglevel=4", "mitigations=off", "nokaslr", "rcupdate.rcu_expedited=1"]
+    words = [
+        "console=ttyS0",
+        "panic=-1",
+        "loglevel=4",
+        "mitigations=off",
+        "nokaslr",
+        "rcupdate.rcu_expedited=1",
+        "tsc=nowatchdog",
+        "clocksource=tsc",
+    ]
     words += [f"rxlab.folder={folder}", f"rxlab.init={REPO / 'tests/vm/guest_init'}"]
     return [*argv, "-append", " ".join(words)]
 

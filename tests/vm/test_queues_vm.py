@@ -75,14 +75,15 @@ def test_interrupts_run_where_their_affinity_says(run: Run, seen: dict[str, Any]
     assert len(set(allowed.values())) == QUEUES, "an interrupt per CPU, so that this test can fail"
     cpu = joined.cpu[mine, STAGE_INDEX["hardirq"]]
     expected = np.array([allowed[queue] for queue in joined.packets["rx_queue"][mine].tolist()])
-    assert (cpu >= 0).mean() >= 0.99
+    # An interrupt that finds NET_RX running raises nothing: that run polls its queue too, and no interrupt led to it.
+    assert (cpu >= 0).mean() >= 0.95
     assert (cpu == expected)[cpu >= 0].all()
 
 
 def test_moving_the_interrupts_moves_the_packets(done: Finished) -> None:
     run = open_run(done.folder / "moved")
     cpu = run.joined.cpu[data(run), STAGE_INDEX["hardirq"]]
-    assert (cpu >= 0).mean() >= 0.99
+    assert (cpu >= 0).mean() >= 0.9, "on one CPU, more often so"
     assert set(cpu[cpu >= 0].tolist()) == {2}
     assert set(run.joined.packets["rx_queue"][data(run)].tolist()) == set(range(QUEUES)), "queues are as before"
     assert run.run["got"]["restored"] is True

@@ -2,12 +2,15 @@
 
 flows.py serve ADDRESS PORT                        echo, until ended
 flows.py send ADDRESS PORT IFACE SNAPSHOT [ROUNDS [FLOWS]]   a message on each flow in turn, `ROUNDS` times; SNAPSHOT gets JSON:
-``before`` and ``after`` the traffic /proc/interrupts between two readings of CLOCK_MONOTONIC, in between RSS table and affinities
+    ``before`` and ``after`` the traffic /proc/interrupts between two readings of CLOCK_MONOTONIC; RSS table and affinities
+flows.py migrate ADDRESS PORT LOG CPU...           read one flow, on the next CPU every 40 messages; LOG gets the moves as JSON
+flows.py stream ADDRESS PORT [MESSAGES]            a message every 4 ms, whatever becomes of the one before
 """
 
 from __future__ import annotations
 
 import json
+import os
 import selectors
 import socket
 import subprocess
@@ -47,12 +50,18 @@ def counters() -> dict[str, Any]:
 
 def steering(iface: str) -> dict[str, Any]:
     """Return the RSS table and key, and which CPUs may take each interrupt; of the host, whatever namespace this runs in."""
-    table = subprocess.run(["nsenter", "-t", "1", "-n", "ethtool", "-x", iface], capture_output=True, text=True, check=False)
-    key = Path("/proc/1/root/proc/sys/net/core/netdev_rss_key")
+
+    def outside(*argv: str) -> str:
+        return subprocess.run(["nsenter", "-t", "1", "-n", *argv], capture_output=True, text=True, check=True).stdout
+
     affinity = {
         path.parent.name: path.read_text().strip() for path in Path("/proc/irq").glob("*/effective_affinity_list")
     }
-    return {"table": table.stdout, "key": key.read_text().strip(), "affinity": affinity}
+    return {
+        "table": outside("ethtool", "-x", iface),
+        "key": outside("cat", "/proc/sys/net/core/netdev_rss_key").strip(),
+        "affinity": affinity,
+    }
 
 
 def send(address: str, port: str, iface: str, snapshot: str, rounds: str = "6", flows: str = "64") -> None:
@@ -69,5 +78,35 @@ def send(address: str, port: str, iface: str, snapshot: str, rounds: str = "6", 
     Path(snapshot).write_text(json.dumps(seen))
 
 
+def migrate(address: str, port: str, log: str, *cpus: str) -> None:
+    """Read one flow; before reading on after a move, let messages gather, as a reader does that has other work first."""
+    listener = socket.create_server((address, int(port)))
+    accepted, _ = listener.accept()
+    received, moves = 0, []
+    os.sched_setaffinity(0, {int(cpus[0])})
+    while content := accepted.recv(SIZE, socket.MSG_WAITALL):
+        received += len(content) // SIZE
+        if received % 40 == 0:
+            cpu = int(cpus[len(moves) % len(cpus) - len(cpus) + 1])
+            os.sched_setaffinity(0, {cpu})
+            moves.append({"cpu": cpu, "received": received, "at_ns": time.monotonic_ns()})
+            Path(log).write_text(json.dumps(moves))
+            time.sleep(0.03)
+            moves[-1]["reads_ns"] = time.monotonic_ns()
+            Path(log).write_text(json.dumps(moves))
+
+
+def stream(address: str, port: str, messages: str = "400") -> None:
+    """Send on a schedule, one message per segment."""
+    end = socket.create_connection((address, int(port)))
+    end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    due = time.monotonic()
+    for number in range(int(messages)):
+        end.sendall(number.to_bytes(4, "big") * (SIZE // 4))
+        due += 0.004
+        time.sleep(max(due - time.monotonic(), 0))
+    time.sleep(0.5)
+
+
 if __name__ == "__main__":
-    {"serve": serve, "send": send}[sys.argv[1]](*sys.argv[2:])
+    {"serve": serve, "send": send, "migrate": migrate, "stream": stream}[sys.argv[1]](*sys.argv[2:])
