@@ -23,10 +23,10 @@ from rxlab.record.workload import Workload
 REQUESTS: dict[str, Any] = {"messages": 150, "timeout": 20.0}
 STREAM: dict[str, Any] = {"mode": "open", "messages": 300, "rate": 300.0, "reply_size": 0, "timeout": 20.0}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "tcp-loss": ("loss 4% seed 5", {**REQUESTS, "proto": "tcp"}),
-    "tcp-reorder": ("delay 12ms reorder 30% 50% duplicate 5% seed 5", {**STREAM, "proto": "tcp"}),
-    "udp-loss": ("loss 4% duplicate 4% seed 5", {**STREAM, "proto": "udp"}),
-    "udp-reorder": ("delay 12ms reorder 30% 50% seed 5", {**STREAM, "proto": "udp"}),
+    "tcp-loss": ("loss 4%", {**REQUESTS, "proto": "tcp"}),
+    "tcp-reorder": ("delay 12ms reorder 30% 50% duplicate 5%", {**STREAM, "proto": "tcp"}),
+    "udp-loss": ("loss 4% duplicate 4%", {**STREAM, "proto": "udp"}),
+    "udp-reorder": ("delay 12ms reorder 30% 50%", {**STREAM, "proto": "udp"}),
 }
 TAGS = {"vlan": ["802.1Q id 5"], "qinq": ["802.1ad id 7", "802.1Q id 8"]}
 
