@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rxlab.errors import FormatError
 from rxlab.follow.clockfit import NAT
+from rxlab.follow.gates import distinct_bytes
 from rxlab.follow.join import Joined, join
-from rxlab.follow.verify import message_of_packets, read_app_log, verify_join
+from rxlab.follow.verify import calls_of_packets, message_of_packets, read_app_log, verify_join
 from rxlab.read.columns import Columns
 from rxlab.rundir import APP_LOG_FIELDS, APP_LOG_STRUCT, MESSAGE_HEADER, MESSAGE_MAGIC
-from rxlab.stages import STAGE_INDEX
+from rxlab.stages import STAGE_INDEX, STATUSES
 from tests.simulate import READER, World, simulate
 
 RECV = STAGE_INDEX["recvmsg"]
@@ -76,6 +80,55 @@ def test_lost_byte_is_caught_by_the_sums() -> None:
     log = app_log(world, "tcp")
     log["ret"][-1] -= 1
     assert not verify_join(joined, log)["byte_sums_equal"]
+
+
+def test_a_dropped_datagram_that_was_read_is_caught() -> None:
+    world, joined = joined_of("udp")
+    joined.packets["status"][5] = STATUSES.index("dropped")
+    result = verify_join(joined, app_log(world, "udp"), messages=np.arange(joined.packets.n))
+    assert (result["misjoined"], result["dropped_but_read"]) == (1, 1)
+    assert result["verdict"] == "degraded"
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(2**33, 2**33 + 60), st.integers(0, 20)), max_size=30))
+def test_bytes_of_streams_are_counted_once(segments: list[tuple[int, int, int]]) -> None:
+    flow, position, length = (
+        np.array(column, np.int64) for column in (zip(*segments, strict=True) if segments else ([],) * 3)
+    )
+    expected = [
+        len({byte for f, start, size in segments if f == number for byte in range(start, start + size)})
+        for number in range(4)
+    ]
+    assert distinct_bytes(flow, position, length, 4).tolist() == expected
+
+
+def test_calls_of_many_connections_are_found_by_bytes_and_by_messages() -> None:
+    """Against a walk through the log, connection by connection."""
+    rng = np.random.default_rng(5)
+    log = np.zeros(400, np.dtype(list(APP_LOG_FIELDS)))
+    log["t0"] = rng.permutation(400)
+    log["peer_port"], log["local_port"], log["proto"] = rng.integers(1, 20, 400), 80, 6
+    log["ret"], log["seq"] = rng.integers(1, 9, 400), -1
+    flows = Columns({"proto": np.full(25, 6, np.uint8), "sport": np.arange(25), "dport": np.full(25, 80)})
+    flow = rng.integers(0, 25, 900)
+    size = rng.integers(1, 30, 900)
+    position = 10_000 * flow + rng.integers(0, 60, 900)
+    columns = Columns(
+        {
+            "is_data": np.ones(900, bool),
+            "flow": flow,
+            "proto": np.full(900, 6),
+            "position": position,
+            "payload_len": size,
+        }
+    )
+    found = calls_of_packets(SimpleNamespace(packets=columns, flows=flows), log, None)  # type: ignore[arg-type]
+    for row in range(900):
+        calls = sorted(np.flatnonzero(log["peer_port"] == flow[row]), key=lambda at: log["t0"][at])
+        last = position[row] - position[flow == flow[row]].min() + size[row] - 1
+        ends = np.cumsum([log["ret"][at] for at in calls])
+        after = [at for at, end in zip(calls, ends, strict=True) if end > last]
+        assert found[row] == (after[0] if after else -1)
 
 
 def test_flagged_rows_are_not_counted_as_checked() -> None:

@@ -82,24 +82,44 @@ def order_violations(time: np.ndarray, path_kind: np.ndarray) -> np.ndarray:
     return violated
 
 
-def distinct_bytes(position: np.ndarray, length: np.ndarray) -> int:
-    """Return how many bytes of a stream the segments cover, each counted once whatever was sent twice or overlaps."""
-    order = np.argsort(position, kind="stable")
-    end = position[order] + length[order]
-    reached = np.maximum.accumulate(end)
-    before = np.concatenate((position[order[:1]], reached[:-1]))
-    return int(np.maximum(end - np.maximum(position[order], before), 0).sum())
+def distinct_bytes(flow: np.ndarray, position: np.ndarray, length: np.ndarray, n_flows: int) -> np.ndarray:
+    """Return how many bytes of each stream its segments cover, each counted once whatever was sent twice or overlaps.
+
+    Parameters
+    ----------
+    flow, position, length : integer arrays, dims (segment,)
+        Flow number, stream position of the first byte, bytes.
+    n_flows : int
+
+    Returns
+    -------
+    int64 array, dims (flow,)
+    """
+    order = np.lexsort((position, flow))
+    flow, start, length = flow[order].astype(np.int64), position[order], length[order].astype(np.int64)
+    heads = np.flatnonzero(np.diff(flow, prepend=-1))
+    # Streams laid out one behind the other, so that one running maximum serves them all.
+    sizes = np.diff(np.append(heads, len(flow)))
+    span = np.maximum.reduceat(start + length, heads) - start[heads] if len(heads) else np.empty(0, np.int64)
+    shift = np.repeat(np.cumsum(span) - span - start[heads], sizes)
+    start = start + shift
+    reached = np.maximum.accumulate(start + length)
+    before = np.concatenate((start[:1], reached[:-1]))
+    fresh = np.maximum(start + length - np.maximum(start, before), 0)
+    # Exact: sums of integers below 2**53.
+    return np.bincount(flow, weights=fresh, minlength=n_flows).astype(np.int64)
 
 
 def byte_sums(
     packets: Columns, consumed: np.ndarray, is_tcp: np.ndarray, bytes_copied: dict[int, int]
 ) -> dict[str, Any]:
     """Compare per TCP flow the stream bytes of packets called consumed with the bytes the copy events moved."""
+    mine = np.flatnonzero(consumed & is_tcp & (packets["flow"] >= 0))
+    n_flows = int(packets["flow"].max()) + 1 if packets.n else 0
+    wire = distinct_bytes(packets["flow"][mine], packets["position"][mine], packets["payload_len"][mine], n_flows)
     rows = []
     for number in np.unique(packets["flow"][is_tcp]).tolist():
-        mine = np.flatnonzero(consumed & is_tcp & (packets["flow"] == number))
-        wire = distinct_bytes(packets["position"][mine], packets["payload_len"][mine].astype(np.int64))
-        copied = bytes_copied.get(number, 0)
-        if wire or copied:
-            rows.append({"flow": number, "pcap": wire, "copied": copied, "equal": wire == copied})
+        sent, copied = int(wire[number]) if number >= 0 else 0, bytes_copied.get(number, 0)
+        if sent or copied:
+            rows.append({"flow": number, "pcap": sent, "copied": copied, "equal": sent == copied})
     return {"ok": all(row["equal"] for row in rows), "violations": sum(not row["equal"] for row in rows), "flows": rows}

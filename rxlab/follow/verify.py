@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from rxlab.errors import FormatError
+from rxlab.follow.asof import pick
 from rxlab.follow.clockfit import NAT
 from rxlab.follow.gates import distinct_bytes
 from rxlab.follow.join import Joined
@@ -26,6 +27,9 @@ _RECV = STAGE_INDEX["recvmsg"]
 # handshake and by what else the host does.
 COUNTER_SLACK = 0.05
 COUNTER_SLACK_MIN = 64
+_STREAM_ROOM = (
+    1 << 42
+)  # above any number of bytes or messages of one connection: (connection, byte) becomes one sortable key
 
 
 def read_app_log(path: Path) -> np.ndarray:
@@ -117,7 +121,7 @@ def verify_join(
     if app_log is not None and len(app_log):
         call = calls_of_packets(joined, app_log, messages)
         _judge_calls(result, joined, app_log, call)
-        result["byte_sums_equal"] = bool(result["byte_sums_equal"]) and _log_sums_equal(joined, app_log, call)
+        result["byte_sums_equal"] = bool(result["byte_sums_equal"]) and _log_sums_equal(joined, app_log)
     return _with_judges(result)
 
 
@@ -143,40 +147,64 @@ def calls_of_packets(joined: Joined, app_log: np.ndarray, messages: np.ndarray |
     """
     columns = joined.packets
     call = np.full(columns.n, -1, np.int64)
-    for number in np.unique(columns["flow"][columns["is_data"]]).tolist():
-        if number < 0:
-            continue
-        proto, local, peer = (int(joined.flows[name][number]) for name in ("proto", "dport", "sport"))
-        log = np.flatnonzero(
-            (app_log["proto"] == proto) & (app_log["local_port"] == local) & (app_log["peer_port"] == peer)
-        )
-        rows = np.flatnonzero(columns["is_data"] & (columns["flow"] == number))
-        if not len(log):
-            continue
-        if proto == TCP:
-            call[rows] = _stream_calls(columns, rows, app_log, log)
-        elif proto == UDP and messages is not None:
-            order = log[np.argsort(app_log["seq"][log], kind="stable")]
-            at = np.minimum(np.searchsorted(app_log["seq"][order], messages[rows]), len(order) - 1)
-            found = (messages[rows] >= 0) & (app_log["seq"][order][at] == messages[rows])
-            call[rows] = np.where(found, order[at], -1)
+    group_of_call, group_of_flow = _connections(joined, app_log)
+    group = np.where(columns["is_data"] & (columns["flow"] >= 0), pick(group_of_flow, columns["flow"], -1), -1)
+    streams = np.flatnonzero((group >= 0) & (columns["proto"] == TCP))
+    call[streams] = _stream_calls(columns, streams, group[streams], app_log, group_of_call)
+    if messages is not None:
+        datagrams = np.flatnonzero((group >= 0) & (columns["proto"] == UDP) & (messages >= 0))
+        call[datagrams] = _datagram_calls(messages[datagrams], group[datagrams], app_log, group_of_call)
     return call
 
 
-def _stream_calls(columns: Columns, rows: np.ndarray, app_log: np.ndarray, log: np.ndarray) -> np.ndarray:
-    """Return the log row that returned the last byte of each TCP packet, by cumulative bytes."""
-    log = log[app_log["ret"][log] > 0]
-    if not len(log):
+def _connections(joined: Joined, app_log: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Number the connections of the log by protocol and ports; return the number of each call and of each flow (-1: none)."""
+    of_call = [app_log[name].astype(np.int64) for name in ("proto", "local_port", "peer_port")]
+    of_flow = [joined.flows[name].astype(np.int64) for name in ("proto", "dport", "sport")]
+    key, flow_key = (proto << 32 | local << 16 | peer for proto, local, peer in (of_call, of_flow))
+    known, group = np.unique(key, return_inverse=True)
+    at = np.minimum(np.searchsorted(known, flow_key), len(known) - 1)
+    return group, np.where(known[at] == flow_key, at, -1)
+
+
+def _stream_calls(
+    columns: Columns, rows: np.ndarray, group: np.ndarray, app_log: np.ndarray, group_of_call: np.ndarray
+) -> np.ndarray:
+    """Return the log row that returned the last byte of each TCP packet, by cumulative bytes of its connection."""
+    log = np.flatnonzero((app_log["ret"] > 0) & (app_log["proto"] == TCP))
+    if not len(log) or not len(rows):
         return np.full(len(rows), -1, np.int64)
     # Several threads may call at once, and return in another order than they called: message numbers, where every call
     # begins with a message, tell the order of the stream.
-    order = app_log["seq"] if (app_log["seq"][log] >= 0).all() else app_log["t0"]
-    log = log[np.argsort(order[log], kind="stable")]
-    end = np.cumsum(app_log["ret"][log].astype(np.int64))
+    unnumbered = np.bincount(group_of_call[log], weights=app_log["seq"][log] < 0, minlength=group_of_call.max() + 1)
+    order = np.where(unnumbered[group_of_call[log]] == 0, app_log["seq"][log], app_log["t0"][log])
+    log = log[np.lexsort((order, group_of_call[log]))]
+    owner, returned = group_of_call[log], app_log["ret"][log].astype(np.int64)
+    heads = np.flatnonzero(np.diff(owner, prepend=-1))
+    before = np.cumsum(returned) - returned
+    end = before + returned - before[heads][np.searchsorted(heads, np.arange(len(log)), side="right") - 1]
     position = columns["position"][rows]
-    last_byte = position - position.min() + columns["payload_len"][rows] - 1
-    at = np.searchsorted(end, last_byte, side="right")
-    return np.where(at < len(log), log[np.minimum(at, len(log) - 1)], -1)
+    first = np.full(columns["flow"].max() + 1, np.iinfo(np.int64).max, np.int64)
+    np.minimum.at(first, columns["flow"][rows], position)
+    last_byte = position - first[columns["flow"][rows]] + columns["payload_len"][rows] - 1
+    wanted = group * _STREAM_ROOM + np.clip(last_byte, 0, _STREAM_ROOM - 1)
+    at = np.searchsorted(owner * _STREAM_ROOM + np.minimum(end, _STREAM_ROOM - 1), wanted, side="right")
+    found = np.minimum(at, len(log) - 1)
+    return np.where((at < len(log)) & (owner[found] == group), log[found], -1)
+
+
+def _datagram_calls(
+    messages: np.ndarray, group: np.ndarray, app_log: np.ndarray, group_of_call: np.ndarray
+) -> np.ndarray:
+    """Return the log row that returned each datagram, by its message number."""
+    log = np.flatnonzero((app_log["proto"] == UDP) & (app_log["seq"] >= 0))
+    if not len(log):
+        return np.full(len(messages), -1, np.int64)
+    key = group_of_call[log] * _STREAM_ROOM + app_log["seq"][log]
+    order = np.argsort(key, kind="stable")
+    wanted = group * _STREAM_ROOM + messages
+    at = np.minimum(np.searchsorted(key[order], wanted), len(log) - 1)
+    return np.where(key[order][at] == wanted, log[order[at]], -1)
 
 
 def _judge_calls(result: dict[str, Any], joined: Joined, app_log: np.ndarray, call: np.ndarray) -> None:
@@ -190,8 +218,12 @@ def _judge_calls(result: dict[str, Any], joined: Joined, app_log: np.ndarray, ca
     truth = app_log[call[rows]]
     right = (truth["t0"] <= returned[rows]) & (returned[rows] <= truth["t1"]) & (truth["tid"] == columns["tid"][rows])
     result["checked"] = len(rows)
-    result["misjoined"] = int((~right).sum())
-    result["misjoined_frames"] = columns["pcap_frame"][rows[~right]][:20].tolist()
+    # A datagram that was dropped is not one that somebody read. (A dropped segment's bytes are: they are sent again.)
+    dropped = (names == "dropped") & (columns["proto"] == UDP) & columns["is_data"]
+    resurrected = np.flatnonzero(dropped & (call >= 0))
+    wrong = np.sort(np.concatenate([rows[~right], resurrected]))
+    result["dropped_but_read"], result["misjoined"] = len(resurrected), len(wrong)
+    result["misjoined_frames"] = columns["pcap_frame"][wrong][:20].tolist()
     if len(rows):
         result["t1_minus_exit_ns"] = _quantiles(truth["t1"][right] - returned[rows][right])
     stamped = (truth["scm_time"] > 0) & (columns["proto"][rows] == UDP)
@@ -207,30 +239,24 @@ def _quantiles(values: np.ndarray) -> dict[str, int]:
     return {"n": len(values), "p1": int(low), "p50": int(middle), "p99": int(high)}
 
 
-def _log_sums_equal(joined: Joined, app_log: np.ndarray, call: np.ndarray) -> bool:
+def _log_sums_equal(joined: Joined, app_log: np.ndarray) -> bool:
     """Tell whether the bytes the log says were returned equal the payload of the packets that carried them."""
     columns = joined.packets
     names = np.asarray(STATUSES)[columns["status"]]
-    owners = columns["is_data"] & ~np.isin(names, ("duplicate", "dropped"))
-    seen = {
-        (int(joined.flows["sport"][f]), int(joined.flows["dport"][f]))
-        for f in np.unique(columns["flow"][owners])
-        if f >= 0
-    }
-    for peer, local in seen:
-        log = (app_log["peer_port"] == peer) & (app_log["local_port"] == local)
-        if not log.any():
-            continue
-        flow = [
-            f for f in range(joined.flows.n) if (joined.flows["sport"][f], joined.flows["dport"][f]) == (peer, local)
-        ]
-        rows = np.flatnonzero(owners & np.isin(columns["flow"], flow))
-        length = columns["payload_len"][rows].astype(np.int64)
-        is_stream = bool((columns["proto"][rows] == TCP).all())
-        wire = distinct_bytes(columns["position"][rows], length) if is_stream else int(length.sum())
-        if wire != int(np.maximum(app_log["ret"][log], 0).astype(np.int64).sum()):
-            return False
-    return True
+    group_of_call, group_of_flow = _connections(joined, app_log)
+    group = pick(group_of_flow, np.maximum(columns["flow"], -1), -1)
+    owners = columns["is_data"] & ~np.isin(names, ("duplicate", "dropped")) & (group >= 0)
+    rows = np.flatnonzero(owners)
+    n_groups = group_of_call.max() + 1
+    length, is_stream = columns["payload_len"][rows].astype(np.int64), columns["proto"][rows] == TCP
+    stream_bytes = distinct_bytes(columns["flow"][rows], columns["position"][rows], length, joined.flows.n)
+    wire = np.bincount(group[rows[~is_stream]], weights=length[~is_stream], minlength=n_groups)
+    is_stream_flow = (joined.flows["proto"] == TCP) & (group_of_flow >= 0)
+    np.add.at(wire, group_of_flow[is_stream_flow], stream_bytes[is_stream_flow])
+    read = np.bincount(group_of_call, weights=np.maximum(app_log["ret"], 0), minlength=n_groups)
+    seen = np.zeros(n_groups, bool)
+    seen[group[rows]] = True
+    return bool((wire[seen] == read[seen]).all())
 
 
 def _compare_counters(joined: Joined, counters: dict[str, Any] | None) -> dict[str, Any] | None:
