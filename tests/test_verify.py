@@ -152,6 +152,30 @@ def test_counters_that_disagree_are_reported() -> None:
         assert verify_join(joined, None, counters={"softnet_stat": rows})["counters_agree"]["ok"] is ok
 
 
+def test_more_events_than_the_kernel_counted_are_reported() -> None:
+    world, joined = joined_of("tcp", rps=True)
+    arrivals = joined.time[:, STAGE_INDEX["rps_ipi"]]
+    softnet = [
+        {"processed": joined.packets.n, "received_rps": len(np.unique(arrivals[arrivals != NAT]))},
+        {"processed": 9, "received_rps": 0},
+    ]
+    cpus = np.bincount(world.events["irq:softirq_entry"]["cpu"], minlength=2)
+    for more, ok in (([0, 0], True), ([4, 9], True), ([-1, 5], False), (cpus + 200, False)):
+        counters = {"softnet_stat": softnet, "softirqs": {"NET_RX": (cpus + more).tolist()}}
+        agree = verify_join(joined, None, counters=counters, events=world.events)["counters_agree"]
+        assert agree["net_rx"]["events"] == cpus.sum()
+        assert agree["ok"] is ok
+    handled = Columns({"irq": np.array([7, 7, 7]), "cpu": np.zeros(3, int)})
+    for counted, ok in ((3, True), (1, True), (0, False)):
+        lines = {"7": {"label": "nic", "cpus": [counted, 0]}, "NMI": {"label": "", "cpus": [1, 1]}}
+        counters = {"softnet_stat": softnet, "interrupts": lines}
+        agree = verify_join(joined, None, counters=counters, events={"irq:irq_handler_entry": handled})[
+            "counters_agree"
+        ]
+        assert agree["irqs"] == {"counter": counted, "events": 3}
+        assert agree["ok"] is ok
+
+
 def test_without_a_log_it_says_what_it_could_not_check() -> None:
     _, joined = joined_of("tcp")
     result = verify_join(joined, None)

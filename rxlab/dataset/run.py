@@ -152,7 +152,7 @@ class Run:
         """Compare the join with the workload's log and the counters (:func:`rxlab.follow.verify.verify_join`)."""
         log = read_app_log(self.rundir.file(APP_LOG)) if self.rundir.has(APP_LOG) else None
         difference = self.counters.get("difference") if self.counters else None
-        return verify_join(self.joined, log, messages=self._messages(), counters=difference)
+        return verify_join(self.joined, log, messages=self._messages(), counters=difference, events=self.perf.events)
 
     @cached_property
     def verification(self) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ makes it a sharp test (alignment.md section 3).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rxlab.follow.asof import pick
 from rxlab.follow.clockfit import NAT
 from rxlab.follow.gates import distinct_bytes
 from rxlab.follow.join import Joined
+from rxlab.follow.kernelpath import event_columns
 from rxlab.follow.status import FLAGGED, NOT_COUNTED, TCP, UDP
 from rxlab.read.columns import Columns
 from rxlab.rundir import APP_LOG_FIELDS, APP_LOG_STRUCT, MESSAGE_HEADER, MESSAGE_MAGIC
@@ -27,6 +29,10 @@ _RECV = STAGE_INDEX["recvmsg"]
 # handshake and by what else the host does.
 COUNTER_SLACK = 0.05
 COUNTER_SLACK_MIN = 64
+NET_RX_VEC = 3  # include/linux/interrupt.h: NET_RX_SOFTIRQ
+# The counters also run while perf starts and stops, and in blind windows: a recording must show half of what they counted.
+NET_RX_SEEN = 0.5
+MAX_ACTIONS = 4  # handlers that share one interrupt line are each entered, the line counts once
 _STREAM_ROOM = (
     1 << 42
 )  # above any number of bytes or messages of one connection: (connection, byte) becomes one sortable key
@@ -82,6 +88,7 @@ def verify_join(
     *,
     messages: np.ndarray | None = None,
     counters: dict[str, Any] | None = None,
+    events: Mapping[str, Columns] | None = None,
 ) -> dict[str, Any]:
     """Compare a join with the workload's log and with the counters.
 
@@ -94,6 +101,8 @@ def verify_join(
         :func:`message_of_packets` of the joined rows; identifies UDP datagrams.
     counters : dict, optional
         The ``difference`` part of counters.json.
+    events : mapping of str to Columns, optional
+        The recording itself, whose interrupts and softirqs the kernel counted too.
 
     Returns
     -------
@@ -113,7 +122,7 @@ def verify_join(
         "t1_minus_exit_ns": None,
         "scm_minus_pcap_ns": None,
         "byte_sums_equal": bool(joined.gates["bytes"]["ok"]) if "bytes" in joined.gates else None,
-        "counters_agree": _compare_counters(joined, counters),
+        "counters_agree": _compare_counters(joined, counters, events or {}),
         "verdict": joined.verdict,
         "reasons": list(joined.reasons),
         "statuses": {name: int((names == name).sum()) for name in STATUSES if (names == name).any()},
@@ -259,12 +268,16 @@ def _log_sums_equal(joined: Joined, app_log: np.ndarray) -> bool:
     return bool((wire[seen] == read[seen]).all())
 
 
-def _compare_counters(joined: Joined, counters: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Compare counter differences with what was joined: inter-processor interrupts of RPS per softnet_stat."""
-    if not counters:
-        return None
-    rows = counters.get("softnet_stat") or []
-    if not rows:
+def _compare_counters(
+    joined: Joined, counters: dict[str, Any] | None, events: Mapping[str, Columns]
+) -> dict[str, Any] | None:
+    """Compare counter differences with what was joined and recorded.
+
+    ``received_rps`` and ``processed`` of softnet_stat with the joined IPIs and packets; NET_RX softirqs per CPU and interrupts
+    per line with the events of the recording, which may not show more than the kernel counted.
+    """
+    rows = (counters or {}).get("softnet_stat") or []
+    if not counters or not rows:
         return None
     counted = sum(int(row.get("received_rps", 0)) for row in rows)
     arrivals = joined.time[:, STAGE_INDEX["rps_ipi"]]
@@ -273,8 +286,34 @@ def _compare_counters(joined: Joined, counters: dict[str, Any] | None) -> dict[s
     slack = max(COUNTER_SLACK_MIN, int(COUNTER_SLACK * counted))
     processed = sum(int(row.get("processed", 0)) for row in rows)
     received = int((joined.time[:, STAGE_INDEX["netif_receive_skb"]] != NAT).sum())
-    return {
+    result: dict[str, Any] = {
         "ok": seen <= counted and counted - seen <= slack and received <= processed,
         "received_rps": {"counter": counted, "joined": seen},
         "processed": {"counter": processed, "joined": received},
     }
+    for name, (agrees, figures) in _compare_interrupts(counters, events).items():
+        result[name] = figures
+        result["ok"] = result["ok"] and agrees
+    return result
+
+
+def _compare_interrupts(
+    counters: dict[str, Any], events: Mapping[str, Columns]
+) -> dict[str, tuple[bool, dict[str, int]]]:
+    """Compare softirqs and interrupts counted by the kernel with the recorded ones: whether they agree, and both sums."""
+    found: dict[str, tuple[bool, dict[str, int]]] = {}
+    softirq, handler = (event_columns(events, name) for name in ("irq:softirq_entry", "irq:irq_handler_entry"))
+    net_rx = (counters.get("softirqs") or {}).get("NET_RX")
+    if softirq.n and net_rx:
+        recorded = np.bincount(softirq["cpu"][softirq["vec"] == NET_RX_VEC], minlength=len(net_rx))
+        enough = recorded.sum() >= NET_RX_SEEN * sum(net_rx) - COUNTER_SLACK_MIN
+        agrees = len(recorded) == len(net_rx) and bool((recorded <= net_rx).all()) and bool(enough)
+        found["net_rx"] = agrees, {"counter": int(sum(net_rx)), "events": int(recorded.sum())}
+    lines = counters.get("interrupts") or {}
+    if handler.n and lines:
+        recorded = np.bincount(handler["irq"])
+        told = {int(irq): sum(line["cpus"]) for irq, line in lines.items() if str(irq).isdigit()}
+        shared = [(told[irq], int(n)) for irq, n in enumerate(recorded) if n and irq in told]
+        figures = {"counter": sum(n for n, _ in shared), "events": sum(n for _, n in shared)}
+        found["irqs"] = all(n <= counter * MAX_ACTIONS for counter, n in shared), figures
+    return found

@@ -11,7 +11,7 @@ from scenarios import Scenario, record, witness_of
 from witness import Seen, judge
 
 from rxlab.dataset.run import Run, open_run
-from rxlab.follow.verify import calls_of_packets, read_app_log, verify_join
+from rxlab.follow.verify import read_app_log, verify_join
 from rxlab.host.journal import Transaction
 from rxlab.rundir import APP_LOG
 from rxlab.stages import STATUSES
@@ -72,7 +72,8 @@ def judged(scenario: Scenario, state: str, out: Path) -> Row:
     else:
         assert seen is not None, "no log and no witness: nobody knows the truth"
         log = seen.app_log()
-    result = verify_join(joined, log, messages=numbers, counters=run.counters.get("difference"))
+    counters = run.counters.get("difference")
+    result = verify_join(joined, log, messages=numbers, counters=counters, events=run.perf.events)
     names = np.asarray(STATUSES)[joined.packets["status"]]
     row = Row(scenario.name, state, out, packets=result["data_packets"], frames=joined.packets.n)
     row.complete, row.statuses = result["statuses"].get("complete", 0), result["statuses"]
@@ -80,12 +81,8 @@ def judged(scenario: Scenario, state: str, out: Path) -> Row:
     row.flagged = max(result["flagged"] - row.hidden, 0)
     row.checked, row.misjoined, row.verdict = result["checked"], result["misjoined"] or 0, result["verdict"]
     row.lost_share = lost_share(run)
-    call = calls_of_packets(joined, log, numbers)
-    # A packet called dropped must not be one that somebody read; one that says so rightly has been checked too.
-    dropped = (names == "dropped") & joined.packets["is_data"] & (numbers >= 0)
-    if scenario.proto == "udp":
-        row.misjoined += int((dropped & (call >= 0)).sum())
-        row.checked += int(dropped.sum())
+    if scenario.proto == "udp":  # a datagram called dropped was looked for in the log too
+        row.checked += int(((names == "dropped") & joined.packets["is_data"] & (numbers >= 0)).sum())
     if seen is not None:
         truth = numbers if scenario.proto == "udp" else joined.packets["seq"].astype(np.int64)
         row.witness = judge(joined, run.perf.events, seen, truth)
