@@ -276,8 +276,8 @@ def send(options: argparse.Namespace) -> None:
     for number in range(options.messages):
         for flow, sock in enumerate(sockets):
             sock.sendall(MESSAGE_HEADER.pack(MESSAGE_MAGIC, flow, number, now()) + rest)
-            if options.gap_us:
-                due = now() + int(rng.expovariate(1 / (options.gap_us * 1000)))
+            if options.gap_us and number % options.burst == 0:
+                due = now() + int(rng.expovariate(1 / (options.gap_us * 1000 * options.burst)))
                 while now() < due:
                     pass
     deadline = time.monotonic() + END_SECONDS
@@ -317,6 +317,9 @@ def parse_arguments() -> argparse.Namespace:
     server.add_argument("--pause-us", type=int, default=0, help="sleep after each call")
     server.add_argument("--rcvbuf", type=int, default=4 << 20)
     client.add_argument("--gap-us", type=int, default=150, help="mean time between sends; 0: as fast as possible")
+    client.add_argument(
+        "--burst", type=int, default=1, help="messages sent at once, with the time between them after it"
+    )
     return parser.parse_args()
 
 
