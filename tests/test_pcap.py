@@ -28,6 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rxlab.errors import FormatError, RxlabError, TruncatedFileError, UsageError
+from rxlab.read import pcap as pcap_module
 from rxlab.read import pcapfile
 from rxlab.read.pcap import inspect_pcap, read_pcap
 from rxlab.read.pcapfile import NAT
@@ -176,6 +177,27 @@ def test_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comp
     bomb = compress(classic([]) + bytes(32 << 20))
     with pytest.raises(FormatError, match="unfolds to more than"):
         read_pcap(write(tmp_path, bomb))
+
+
+@pytest.mark.parametrize("form", ["pcap", "pcapng"])
+def test_a_file_guessed_too_short_is_whole(tmp_path: Path, monkeypatch, form: str) -> None:
+    # Long packets first: the first bytes promise few packets, and thousands of short ones follow.
+    packets = [ethernet(ipv4(udp(bytes(1400), 5000 + i, 9), 17)) for i in range(20)] + PACKETS * 200
+    content = classic(packets)
+    if form == "pcapng":
+        content = section() + interface() + b"".join(enhanced(packet, i) for i, packet in enumerate(packets))
+    path = write(tmp_path, content)
+    counted = read_pcap(path)
+    monkeypatch.setattr(pcap_module, "_COUNTED_BYTES", 10_000)
+    monkeypatch.setattr(pcap_module, "_BATCH", 64)
+    grown: list[int] = []
+    grow = pcap_module._Piece.grow
+    monkeypatch.setattr(pcap_module._Piece, "grow", lambda piece, rows: (grown.append(rows), grow(piece, rows)))
+    guessed = read_pcap(path)
+    assert grown == [len(packets) + 1]
+    assert counted.n == guessed.n == len(packets)
+    for name in counted:
+        np.testing.assert_array_equal(guessed[name], counted[name], err_msg=name)
 
 
 @pytest.mark.parametrize("chunks", [1, 3, 250, 1000])

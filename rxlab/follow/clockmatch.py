@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numba import njit
 
 from rxlab.errors import ClockError
 from rxlab.follow.envelope import MAX_DRIFT, MIN_PACKETS, Envelope, fit_envelope
 from rxlab.follow.match import match_packets
+from rxlab.read.compiler import njit
 
 # The best shift must beat every other by this factor.
 MIN_SCORE_RATIO = 10.0

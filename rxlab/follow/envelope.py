@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from rxlab.errors import ClockError
+from rxlab.read.compiler import njit
 
 KNOT_NS = 1_000_000_000
 # Weight of one ppb of unrest against one ns of mean gap. Unrest is a change of bend from knot to knot (a steered clock bends

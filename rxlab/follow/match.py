@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
+
+from rxlab.read.compiler import njit
 
 # Stamp and event clocks agree to tens of ns; a window is widened by this much on both sides.
 TOLERANCE_NS = 300

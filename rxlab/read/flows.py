@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from numba import njit
 
 from rxlab.errors import UsageError
+from rxlab.read.compiler import njit
 from rxlab.read.headers import TCP, HeaderColumns
 
 _KEY_WORDS = 5  # src_hi, src_lo, dst_hi, dst_lo, proto<<32 | sport<<16 | dport

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from rxlab.read.compiler import njit
 from rxlab.read.words import be16, be32, be48, be64
 
 # Link types, https://www.tcpdump.org/linktypes.html

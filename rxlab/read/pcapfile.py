@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
 from rxlab.errors import FormatError, TruncatedFileError
+from rxlab.read.compiler import njit
 from rxlab.read.words import load32
 
 NAT = np.iinfo(np.int64).min  # a packet without a time (pcapng simple packet block)
@@ -231,9 +231,10 @@ class ClassicReader:
         self.truncated, self.truncated_at = False, -1
         self.sections = 1
 
-    def count(self) -> int:
-        """Return how many packets the file holds, at most."""
-        return count_classic(self.buf, self._pos, self._swap, self.format.record_size, self._max_caplen)
+    def count(self, end: int) -> int:
+        """Return how many packets the file's first `end` bytes hold, at most."""
+        buf, start = self.buf[:end], FILE_HEADER_SIZE
+        return count_classic(buf, start, self._swap, self.format.record_size, self._max_caplen)
 
     def attrs(self) -> dict[str, Any]:
         """Return what is known of the file so far."""

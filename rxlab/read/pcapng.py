@@ -10,9 +10,9 @@ import struct
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from rxlab.errors import FormatError
+from rxlab.read.compiler import njit
 from rxlab.read.pcapfile import BLOCK, CUT, DAMAGED, END, FULL, MAX_CAPLEN, NAT, PacketIndex
 from rxlab.read.words import load32
 
@@ -222,9 +222,9 @@ class PcapngReader:
                 "pcapng section header is damaged", where=where, found=self.warnings[-1], expected="version 1"
             )
 
-    def count(self) -> int:
-        """Return how many packets the file holds, at most."""
-        return count_blocks(self.buf, 0, False)
+    def count(self, end: int) -> int:
+        """Return how many packets the file's first `end` bytes hold, at most."""
+        return count_blocks(self.buf[:end], 0, False)
 
     def attrs(self) -> dict[str, Any]:
         """Return what is known of the file so far."""

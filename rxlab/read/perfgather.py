@@ -10,7 +10,7 @@ import numpy as np
 from numba import int64, uint8, uint16, uint32, uint64
 
 from rxlab.read.perfattr import L_CALLCHAIN, L_RAW, L_READ, L_TAIL, L_TYPE
-from rxlab.read.perfrecords import BLOCK, inline, inner, jit, read_u16, read_u32, read_u64
+from rxlab.read.perfrecords import inline, inner, jit, read_u16, read_u32, read_u64
 
 # Rows of the field table.
 F_KIND, F_OFFSET, F_SIZE, F_COUNT, F_BASE, F_TEXT = range(6)
@@ -21,6 +21,9 @@ K_U8, K_U16, K_U32, K_U64, K_SAMPLE_U32, K_SAMPLE_U64, K_TEXT, K_TEXT8, K_ARRAY,
 
 # Codes of one thread's dictionary; the thread's number is above these bits.
 CODE_BITS = 26
+
+# Samples gathered at a time: their bytes stay in the cache from the first field to the last.
+GATHER = 2048
 
 # State of the dictionary of variable fields, and how a gather ended.
 D_ENTRIES, D_POOL = range(2)
@@ -90,7 +93,7 @@ def copy_text8(buffer, source, words, target, arena64):
 @inner
 def copy_text(buffer, source, size, target, arena8):
     """Copy a char array up to its NUL, zeros after it."""
-    ended = source < 0
+    ended = False
     for k in range(size):
         letter = uint8(0)
         if not ended:
@@ -101,19 +104,19 @@ def copy_text(buffer, source, size, target, arena8):
 
 @inner
 def copy_elements(buffer, source, row, field, arenas, big):
-    """Copy the elements of one array field of one row; zeros when `source` is -1."""
+    """Copy the elements of one array field of one row."""
     size, count = field[F_SIZE], field[F_COUNT]
     base = field[F_BASE] + row * count
     for k in range(count):
         at = source + k * size
         if size == 1:
-            arenas[0][uint64(base + k)] = uint8(0) if source < 0 else buffer[uint64(at)]
+            arenas[0][uint64(base + k)] = buffer[uint64(at)]
         elif size == 2:
-            arenas[1][uint64(base + k)] = uint16(0) if source < 0 else uint16(read_u16(buffer, at, big))
+            arenas[1][uint64(base + k)] = uint16(read_u16(buffer, at, big))
         elif size == 4:
-            arenas[2][uint64(base + k)] = uint32(0) if source < 0 else uint32(read_u32(buffer, at, big))
+            arenas[2][uint64(base + k)] = uint32(read_u32(buffer, at, big))
         else:
-            arenas[3][uint64(base + k)] = uint64(0) if source < 0 else read_u64(buffer, at, big)
+            arenas[3][uint64(base + k)] = read_u64(buffer, at, big)
 
 
 @inline
@@ -198,48 +201,65 @@ def gather_variable(buffer, spans, rows, field, number, arena32, dictionary, cod
 
 
 @inner
-def gather_scalar(buffer, sources, rows, kind, base, arenas, big):
-    """Copy one scalar per sample of a block; zeros where a source is -1."""
+def gather_scalar(buffer, origins, rows, field, arenas, big):
+    """Copy one scalar per sample of a block, `F_OFFSET` bytes after each origin."""
+    kind, base, offset = field[F_KIND], field[F_BASE], field[F_OFFSET]
     if kind == K_U8:
         for i in range(rows.size):
-            arenas[0][uint64(base + rows[i])] = uint8(0) if sources[i] < 0 else buffer[uint64(sources[i])]
+            arenas[0][uint64(base + rows[i])] = buffer[uint64(origins[i] + offset)]
     elif kind == K_U16:
         for i in range(rows.size):
-            arenas[1][uint64(base + rows[i])] = (
-                uint16(0) if sources[i] < 0 else uint16(read_u16(buffer, sources[i], big))
-            )
+            arenas[1][uint64(base + rows[i])] = uint16(read_u16(buffer, origins[i] + offset, big))
     elif kind in (K_U32, K_SAMPLE_U32):
         for i in range(rows.size):
-            arenas[2][uint64(base + rows[i])] = (
-                uint32(0) if sources[i] < 0 else uint32(read_u32(buffer, sources[i], big))
-            )
+            arenas[2][uint64(base + rows[i])] = uint32(read_u32(buffer, origins[i] + offset, big))
     else:
         for i in range(rows.size):
-            arenas[3][uint64(base + rows[i])] = uint64(0) if sources[i] < 0 else read_u64(buffer, sources[i], big)
+            arenas[3][uint64(base + rows[i])] = read_u64(buffer, origins[i] + offset, big)
 
 
 @inner
-def gather_text(buffer, sources, rows, field, arenas):
-    """Copy one char array per sample of a block."""
-    size, base = field[F_SIZE], field[F_BASE]
-    if field[F_KIND] == K_TEXT8:
+def gather_fixed(buffer, origins, rows, field, arenas, big):
+    """Copy one field of fixed size per sample of a block; all of it lies inside the buffer."""
+    kind, size, base, offset = field[F_KIND], field[F_SIZE], field[F_BASE], field[F_OFFSET]
+    if kind == K_TEXT8:
         for i in range(rows.size):
-            target = base + rows[i] * (size // 8)
-            if sources[i] < 0:
-                for word in range(size // 8):
-                    arenas[3][uint64(target + word)] = uint64(0)
-            else:
-                copy_text8(buffer, sources[i], size // 8, target, arenas[3])
+            copy_text8(buffer, origins[i] + offset, size // 8, base + rows[i] * (size // 8), arenas[3])
+    elif kind == K_TEXT:
+        for i in range(rows.size):
+            copy_text(buffer, origins[i] + offset, size, base + rows[i] * size, arenas[0])
+    elif kind == K_ARRAY:
+        for i in range(rows.size):
+            copy_elements(buffer, origins[i] + offset, rows[i], field, arenas, big)
     else:
-        for i in range(rows.size):
-            copy_text(buffer, sources[i], size, base + rows[i] * size, arenas[0])
+        gather_scalar(buffer, origins, rows, field, arenas, big)
+
+
+@inner
+def part_short(spans, rows, field, arena8, whole):
+    """Zero one field where a sample is too short for it; list the others' origins and rows in `whole` and return their number."""
+    raws, sizes = spans
+    last = field[F_OFFSET] + field[F_SIZE] * field[F_COUNT]
+    row_bytes = field[F_SIZE] * field[F_COUNT]
+    unit = int64(1) if field[F_KIND] == K_TEXT else int64(8) if field[F_KIND] == K_TEXT8 else field[F_SIZE]
+    n_whole = int64(0)
+    for i in range(rows.size):
+        if raws[i] >= 0 and last <= sizes[i]:
+            whole[0, n_whole], whole[1, n_whole] = raws[i], rows[i]
+            n_whole += 1
+        else:
+            for k in range(row_bytes):
+                arena8[uint64(field[F_BASE] * unit + rows[i] * row_bytes + k)] = uint8(0)
+    return n_whole
 
 
 @inner
 def gather_event(buffer, starts, spans, rows, fields, numbers, arenas, dictionary, code_base, big):
     """Copy fields `numbers` (first, last) for one event's samples of one block; return (values missing, dictionary had room)."""
     raws, sizes = spans
-    sources = np.empty(rows.size, np.int64)
+    shortest = sizes[0]
+    for i in range(rows.size):
+        shortest = min(shortest, sizes[i])
     n_short = int64(0)
     for number in range(numbers[0], numbers[1]):
         field = fields[number]
@@ -247,23 +267,15 @@ def gather_event(buffer, starts, spans, rows, fields, numbers, arenas, dictionar
         if kind in (K_LOC, K_REL_LOC, K_REST):
             if not gather_variable(buffer, spans, rows, field, number, arenas[2], dictionary, code_base, big):
                 return n_short, False
-            continue
-        if kind in (K_SAMPLE_U32, K_SAMPLE_U64):
-            for i in range(rows.size):
-                sources[i] = starts[i] + field[F_OFFSET]
+        elif kind in (K_SAMPLE_U32, K_SAMPLE_U64):
+            gather_scalar(buffer, starts, rows, field, arenas, big)
+        elif field[F_OFFSET] + field[F_SIZE] * field[F_COUNT] <= shortest:
+            gather_fixed(buffer, raws, rows, field, arenas, big)
         else:
-            last = field[F_OFFSET] + field[F_SIZE] * field[F_COUNT]
-            for i in range(rows.size):
-                fits = raws[i] >= 0 and last <= sizes[i]
-                sources[i] = raws[i] + field[F_OFFSET] if fits else int64(-1)
-                n_short += int64(not fits)
-        if kind in (K_TEXT, K_TEXT8):
-            gather_text(buffer, sources, rows, field, arenas)
-        elif kind == K_ARRAY:
-            for i in range(rows.size):
-                copy_elements(buffer, sources[i], rows[i], field, arenas, big)
-        else:
-            gather_scalar(buffer, sources, rows, kind, field[F_BASE], arenas, big)
+            whole = np.empty((2, rows.size), np.int64)
+            n_whole = part_short(spans, rows, field, arenas[0], whole)
+            n_short += rows.size - n_whole
+            gather_fixed(buffer, whole[0, :n_whole], whole[1, :n_whole], field, arenas, big)
     return n_short, True
 
 
@@ -292,12 +304,12 @@ def gather_samples(buffer, big, samples, span, tables, arenas, dictionary, code_
     layouts, fields, first_fields = tables
     n_events = layouts.shape[0]
     firsts = np.empty(n_events + 1, np.int64)
-    at, rows = np.empty(BLOCK, np.int64), np.empty(BLOCK, np.int64)
-    raws, sizes = np.empty(BLOCK, np.int64), np.empty(BLOCK, np.int64)
+    at, rows = np.empty(GATHER, np.int64), np.empty(GATHER, np.int64)
+    raws, sizes = np.empty(GATHER, np.int64), np.empty(GATHER, np.int64)
     n_short = int64(0)
     begin = int64(span[0])
     while begin < span[1]:
-        stop = min(begin + BLOCK, int64(span[1]))
+        stop = min(begin + GATHER, int64(span[1]))
         bucket_samples(buffer, big, samples, (begin, stop), layouts, first_fields, firsts, (at, rows, raws, sizes))
         for number in range(n_events):
             one, end = firsts[number], firsts[number + 1]

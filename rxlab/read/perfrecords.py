@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, uint64
+from numba import uint64
 
+from rxlab.read.compiler import njit
 from rxlab.read.perfattr import L_CPU, L_MIN_SIZE, L_TIME
 
 # Samples per block: the unit of splitting between threads, of windows and of the gather.

@@ -4,29 +4,19 @@
     NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=/tmp/x python tests/fuzz/fuzz_perfdata.py 2000
     python tests/fuzz/fuzz_perfdata.py 1 --first 4711 --keep /tmp/case  # one case again, its file kept
 
-Seeds are recordings built here and, where there is one, those of the corpus up to 64 KiB. Each run works in a child process:
-a crash ends the child, is counted with its case, and the next child goes on.
+Seeds are recordings built here and, where there is one, those of the corpus up to 64 KiB.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
 import random
-import subprocess
 import sys
-import tempfile
-import time
-from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from perf_builder import SAMPLE_TYPE, Builder  # noqa: E402
+import harness
+from perf_builder import SAMPLE_TYPE, Builder
 
 INTERESTING = (0, 1, 7, 8, 9, 0x7F, 0x80, 0xFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 1 << 40, (1 << 63) - 1, (1 << 64) - 1)
-LIMIT_SECONDS, LIMIT_MIB = 1.0, 300
-TIMEOUT_SECONDS = 60
 
 
 def built_seeds() -> list[bytes]:
@@ -60,13 +50,9 @@ def built_seeds() -> list[bytes]:
     return [*seeds, outer.file(), outer.pipe()]
 
 
-def corpus_seeds() -> list[bytes]:
-    """Return the corpus' small recordings; none without a corpus."""
-    folder = (
-        Path(os.environ.get("RXLAB_CORPUS") or Path(__file__).resolve().parents[3] / "shared" / "corpus") / "perfdata"
-    )
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size <= 1 << 16)
-    return [path.read_bytes() for path in paths]
+def seeds() -> list[bytes]:
+    """Return all files to damage."""
+    return built_seeds() + harness.corpus_seeds("perfdata", 1 << 16)
 
 
 def mutate(seeds: list[bytes], case: int) -> bytes:
@@ -99,15 +85,7 @@ def mutate(seeds: list[bytes], case: int) -> bytes:
     return bytes(content)
 
 
-def peak_mib() -> float:
-    """Return the most memory the process held since the last reset, and reset it."""
-    status = Path("/proc/self/status").read_text()
-    peak = int(status.split("VmHWM:")[1].split()[0]) / 1024
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak
-
-
-def read_all(path: Path) -> str:
+def read_all(path: Path, case: int = 0) -> str:
     """Read a file in every way; return what became of it."""
     from rxlab.errors import RxlabError
     from rxlab.read.perfdata import inspect_perfdata, read_perfdata
@@ -126,69 +104,7 @@ def read_all(path: Path) -> str:
     return "truncated" if perf.meta["truncated"] else "read"
 
 
-def work(first: int, last: int, keep: Path) -> int:
-    """Run cases; print each finding. The case under way is in ``keep/case``."""
-    seeds = built_seeds() + corpus_seeds()
-    path = keep / "perf.data"
-    for seed in seeds:  # compile and warm up outside the limits
-        path.write_bytes(seed)
-        read_all(path)
-    outcomes: Counter[str] = Counter()
-    slowest, largest = 0.0, 0.0
-    base = float(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) / 1024
-    peak_mib()
-    for case in range(first, last):
-        (keep / "case").write_text(str(case))
-        path.write_bytes(mutate(seeds, case))
-        begin = time.process_time()
-        try:
-            outcome = read_all(path)
-        except Exception as error:
-            outcome = f"WRONG: {type(error).__name__}: {error}"
-        seconds, mib = time.process_time() - begin, peak_mib() - base
-        slowest, largest = max(slowest, seconds), max(largest, mib)
-        if outcome.startswith("WRONG") or seconds > LIMIT_SECONDS or mib > LIMIT_MIB:
-            print(f"case {case}: {outcome}, {seconds:.2f} s, {mib:.0f} MiB", flush=True)
-            outcome = "WRONG"
-        outcomes[outcome] += 1
-    print(
-        f"cases {first} to {last - 1}: {dict(outcomes)}, slowest {slowest:.3f} s of CPU, largest {largest:.0f} MiB above rest"
-    )
-    return 1 if outcomes["WRONG"] else 0
-
-
-def main() -> int:
-    """Run the cases in child processes; return 1 when any was wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("cases", type=int)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--keep", type=Path, help="folder for the file of the case under way")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.worker:
-        return work(options.first, options.first + options.cases, options.keep)
-    with tempfile.TemporaryDirectory() as scratch:
-        keep = options.keep or Path(scratch)
-        keep.mkdir(parents=True, exist_ok=True)
-        first, last, status = options.first, options.first + options.cases, 0
-        while first < last:
-            # Not longer than this at a time, so that a hang is found.
-            batch = min(500, last - first)
-            command = [sys.executable, __file__, str(batch), "--first", str(first), "--keep", str(keep), "--worker"]
-            child = subprocess.Popen(command)
-            try:
-                code = child.wait(TIMEOUT_SECONDS + batch)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                code = child.wait()
-            first += batch
-            if code not in (0, 1):
-                at = int((keep / "case").read_text())
-                print(f"case {at}: the child ended with {code}")
-                first = at + 1
-            status |= int(code != 0)
-    return status
-
+TARGET = harness.Target(__file__, seeds, mutate, read_all)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(harness.run(TARGET, __doc__))
