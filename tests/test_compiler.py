@@ -19,6 +19,6 @@ def test_reading_does_not_import_scipys_linear_algebra() -> None:
 
 def test_kernels_of_the_user_still_multiply_matrices() -> None:
     code = "import rxlab.read.compiler, numpy; from numba import njit; a = numpy.arange(4.0).reshape(2, 2); "
-    code += "print(njit(lambda a: a @ a)(a).tolist(), njit(lambda a: abs(numpy.linalg.inv(a)))(2 * numpy.eye(2)).tolist()); "
+    code += "print(njit(lambda a: a @ a)(a).tolist(), round(njit(lambda a: numpy.linalg.det(a))(a), 6)); "
     code += "import scipy.linalg.cython_blas as blas; print(len(blas.__pyx_capi__) > 100)"
-    assert run(code) == "[[2.0, 3.0], [6.0, 11.0]] [[0.5, 0.0], [0.0, 0.5]]\nTrue"
+    assert run(code) == "[[2.0, 3.0], [6.0, 11.0]] -2.0\nTrue"
