@@ -96,6 +96,48 @@ def test_the_sweeps_hops_and_slowest_configurations():
     assert slowest.values[0] >= slowest.values[1]
 
 
+def test_a_sweep_is_summed_up():
+    dataset = sweep(1.3, reps=5)
+    best = dataset.rx.best()
+    assert "rps_cpus=off" in best.rank.label
+    assert best.rank.first == 1
+    assert "rps_cpus=off" in best.runner_up.label
+    assert best.rivals == (best.runner_up.label,)
+    assert all("rps_cpus=1" in label for label in (one.label for one in dataset.rx.rank()[2:]))
+    by_words = {effect.words: effect for effect in dataset.rx.effects()}
+    assert by_words["rps_cpus=1 against off"].ratio == pytest.approx(1.3, rel=0.05)
+    assert by_words["rps_cpus=1 against off"].is_known
+    assert not by_words["gro=on with rps_cpus=1"].is_known
+
+
+def test_the_best_configuration_has_its_cost():
+    dataset = sweep(1.3, reps=5).copy()
+    dims = (*dataset["latency"].dims[:4], "cpu_mode", "cpu")
+    cost = np.full((*dataset["latency"].shape[:4], 3, 2), 100.0)
+    cost[:, 1] *= 1.5  # dims: gro, rps_cpus
+    dataset["cpu_time_per_packet"] = (dims, cost * np.random.default_rng(1).normal(1, 0.001, cost.shape))
+    dataset = dataset.assign_coords(cpu_mode=["system", "irq", "softirq"])
+    best = dataset.rx.best()
+    assert best.cost.value == pytest.approx(600, rel=0.01)
+    assert best.cost_against_runner_up.ratio == pytest.approx(1.0, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["effects", "ranks"])
+def test_every_plot_of_a_sweep_draws(name):
+    assert isinstance(getattr(sweep(1.3, reps=3).rx.plot, name)(), Figure)
+
+
+def test_a_heat_map_of_a_sweep_has_the_settings_asked_for():
+    axes = sweep(1.3, reps=3).rx.plot.heatmap("gro", "rps_cpus").axes[0]
+    assert (axes.get_ylabel(), axes.get_xlabel()) == ("gro", "rps_cpus")
+
+
+def test_a_difference_is_split_from_the_accessor(tree):
+    slower = store.build(make_joined(300, steps={"copy": 9000}, seed=2), run=make_run(), host=make_host())
+    found = tree.rx.explain(slower, by="cpu")
+    assert int(found["cpu"].values[np.argmax(found["difference"].values)]) == 1
+
+
 def test_mistakes_are_told(tree):
     with pytest.raises(UsageError, match="expected .*rps_cpus"):
         sweep(1.0, reps=2).rx.compare("rps")

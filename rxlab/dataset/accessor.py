@@ -5,7 +5,7 @@ Registered by importing this module, which ``rxlab.dataset.run`` does. A dataset
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from importlib.metadata import entry_points
 from itertools import product
 from typing import Any
@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from rxlab.dataset import schema, stats
+from rxlab.dataset import effects, explain, schema, stats
+from rxlab.dataset.effects import Best, Effect, Rank
 from rxlab.errors import RxlabError, UsageError
 from rxlab.stages import STAGE_NAMES
 
@@ -88,6 +89,13 @@ class RunAccessor:
         sides = [[stats.hop_values(tree.rx._traced(), hop) for tree in side] for side in ([self._tree, *more], b)]
         return stats.compare(*sides)
 
+    def explain(
+        self, others: xr.DataTree | Sequence[xr.DataTree], *, quantile: float = 0.5, by: str = "hop"
+    ) -> xr.Dataset:
+        """Split the difference between `others` and this run (:func:`rxlab.dataset.explain.explain`)."""
+        b = [others] if isinstance(others, xr.DataTree) else list(others)
+        return explain.explain([self._traced()], [tree.rx._traced() for tree in b], quantile=quantile, by=by)
+
     @property
     def plot(self) -> RunPlots:
         """Figures of this run."""
@@ -120,6 +128,10 @@ class RunPlots:
     def packet(self, row: int | None = None) -> Any:
         """Draw the life of one packet (`row` of /packets), by default the median one."""
         return _figures().plot_packet(self._tree, row)
+
+    def timeline(self, events: Mapping[str, Any], row: int | None = None) -> Any:
+        """Draw what the CPUs did around a packet; `events` are the recording's, ``run.perf.events``."""
+        return _figures().plot_timeline(self._tree, events, row)
 
     def stages(self, quantile: float = 0.5) -> Any:
         """Draw where the time of a quantile goes."""
@@ -212,10 +224,47 @@ class SweepAccessor:
         attrs = {"baseline": f"{setting}={latency[setting].values[0]}", "arm": arm, "hop": hop}
         return xr.Dataset({**variables, "verdict": (dims, verdict)}, coords, attrs)
 
+    def runs(self, *, arm: str | None = None, hop: str | None = None, quantile: float = 0.5) -> xr.DataArray:
+        """Return one number per run: a quantile of a hop, ns, dims (settings..., repetition); arm and hop as in :meth:`compare`."""
+        arm = self._arm(arm)
+        latency = self._sweep()["latency"].sel(arm=arm, hop=self._hop(hop, arm), quantile=quantile)
+        return latency.transpose(*self._settings(), "repetition")
+
+    def effects(self, *, arm: str | None = None, hop: str | None = None, quantile: float = 0.5) -> list[Effect]:
+        """Return what each setting does and which ones interact (:func:`rxlab.dataset.effects.find_effects`)."""
+        return effects.find_effects(self.runs(arm=arm, hop=hop, quantile=quantile))
+
+    def rank(self, *, arm: str | None = None, hop: str | None = None, quantile: float = 0.5) -> list[Rank]:
+        """Return the configurations, fastest first, with limits of their ranks (:func:`rxlab.dataset.effects.rank`)."""
+        return effects.rank(self._by_configuration(self.runs(arm=arm, hop=hop, quantile=quantile)), quantile=quantile)
+
+    def best(self, *, arm: str | None = None, hop: str | None = None, quantile: float = 0.5) -> Best:
+        """Return the fastest configuration with its evidence: runner-up, rivals, and the CPU time a packet costs in each."""
+        arm = self._arm(arm)
+        ranks = self.rank(arm=arm, hop=hop, quantile=quantile)
+        cost: dict[str, list[float]] = {}
+        if "cpu_time_per_packet" in self._dataset:
+            time = self._dataset["cpu_time_per_packet"].sel(arm=arm, cpu_mode=["system", "irq", "softirq"])
+            total = time.sum(["cpu_mode", "cpu"], min_count=1).transpose(*self._settings(), "repetition")
+            cost = self._by_configuration(total)
+        return effects.choose_best(ranks, cost)
+
+    def _by_configuration(self, runs: xr.DataArray) -> dict[str, list[float]]:
+        settings = self._settings()
+        found = {}
+        for place in product(*(range(runs.sizes[name]) for name in settings)):
+            cell = runs.isel(dict(zip(settings, place, strict=True)))
+            values = cell.values[~np.isnan(cell.values)]
+            if len(values):
+                label = ", ".join(f"{name}={cell[name].values}" for name in settings)
+                found[label or "the configuration"] = values.tolist()
+        return found
+
     @property
-    def plot(self) -> Any:
-        """Refuse: the figures of ``.rx.plot`` are of one run."""
-        raise UsageError("no figures of a sweep here", do="Use tree.rx.plot of a run, or 'rxlab report' on the sweep.")
+    def plot(self) -> SweepPlots:
+        """Figures of this sweep."""
+        self._sweep()
+        return SweepPlots(self)
 
     def _sweep(self) -> xr.Dataset:
         if not {"repetition", "arm", "hop", "quantile"} <= set(self._dataset.dims) or "latency" not in self._dataset:
@@ -252,3 +301,24 @@ def _compare_cells(a: np.ndarray, b: np.ndarray) -> stats.Comparison | None:
         return None
     # A run is one number here: the quantile is taken already.
     return stats.compare(*sides, quantiles=(0.5,))[0]
+
+
+class SweepPlots:
+    """``ds.rx.plot``: one figure per question about a sweep. Needs matplotlib; options as in :meth:`SweepAccessor.runs`."""
+
+    def __init__(self, sweep: SweepAccessor) -> None:
+        self._rx = sweep
+
+    def heatmap(self, rows: str, columns: str, *, held: Mapping[str, Any] | None = None, **options: Any) -> Any:
+        """Draw a latency over two settings with intervals, the others at their first value or as `held` says."""
+        runs = self._rx.runs(**options)
+        others = {name: runs[name].values[0] for name in runs.dims if name not in (rows, columns, "repetition")}
+        return _figures().plot_heatmap(runs.sel({**others, **(held or {})}).transpose(rows, columns, "repetition"))
+
+    def effects(self, **options: Any) -> Any:
+        """Draw what each setting does, and which ones interact."""
+        return _figures().plot_effects(self._rx.effects(**options))
+
+    def ranks(self, **options: Any) -> Any:
+        """Draw the configurations in rank order."""
+        return _figures().plot_ranks(self._rx.rank(**options))

@@ -23,6 +23,7 @@ import xarray as xr
 from scipy import stats as distributions
 
 from rxlab.dataset import stats
+from rxlab.errors import RxlabError
 
 LEVEL = 0.05
 
@@ -90,6 +91,29 @@ class Rank:
     first: int
     last: int
     against_best: stats.Comparison | None
+
+
+@dataclass(frozen=True)
+class Best:
+    """The fastest configuration and what speaks for it.
+
+    Attributes
+    ----------
+    rank : Rank
+    rivals : tuple of str
+        Configurations that cannot be told from it, itself not among them.
+    runner_up : Rank or None
+    cost : stats.Estimate or None
+        CPU time in the kernel per packet, ns.
+    cost_against_runner_up : stats.Comparison or None
+        The runner-up's cost against the best one's.
+    """
+
+    rank: Rank
+    rivals: tuple[str, ...]
+    runner_up: Rank | None
+    cost: stats.Estimate | None
+    cost_against_runner_up: stats.Comparison | None
 
 
 @dataclass(frozen=True)
@@ -218,6 +242,25 @@ def rank(groups: Mapping[str, Sequence[float]], *, quantile: float = 0.5, confid
         best = found.get((order[0], label))
         ranks.append(Rank(label, estimates[label], 1 + ahead, len(order) - behind, best))
     return ranks
+
+
+def choose_best(ranks: Sequence[Rank], cost: Mapping[str, Sequence[float]]) -> Best:
+    """Return the fastest of ranked configurations with its evidence.
+
+    Parameters
+    ----------
+    ranks : sequence of Rank
+    cost : mapping of str to sequence of float
+        Configuration -> CPU time per packet of each run, ns; may lack some or all.
+    """
+    if not ranks:
+        raise RxlabError("nothing to choose from", expected="runs of at least one configuration")
+    first, second = ranks[0], ranks[1] if len(ranks) > 1 else None
+    mine = cost.get(first.label) or []
+    theirs = (cost.get(second.label) or []) if second else []
+    compared = stats.correct([stats.compare_values(mine, theirs, quantile=0.5)])[0] if mine and theirs else None
+    rivals = tuple(one.label for one in ranks[1:] if one.first == 1)
+    return Best(first, rivals, second, stats.over_repetitions(mine) if mine else None, compared)
 
 
 def check_order(

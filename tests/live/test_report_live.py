@@ -21,6 +21,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from report_builder import make_runs
 
+from rxlab.show.explorer import LEVELS, Explorer
 from rxlab.show.report import write_report
 
 FLAGS = (
@@ -151,24 +152,16 @@ def browser(tmp_path):
     opened.close()
 
 
-def test_report_in_a_browser(browser, tmp_path, repo):
-    page = write_report(make_runs(), tmp_path / "report.html", command="rxlab demo")
+def open_page(browser: Browser, page: Path) -> None:
+    """Go to a page, listening to what it requests and complains of."""
     for domain in ("Network", "Runtime", "Log", "Page"):
         browser.call(f"{domain}.enable")
     browser.call("Page.navigate", url=page.as_uri())
     browser.wait_for("Page.loadEventFired")
-    figures = browser.evaluate(INK)
-    sorted_columns, wrong = browser.evaluate(SORT)
-    browser.screenshot(repo / "out" / "browser" / "report.png")
-    browser.call("Emulation.setEmulatedMedia", media="print")
-    browser.screenshot(repo / "out" / "browser" / "report-print.png")
 
-    assert len(figures) >= 10
-    for name, width, ink in figures:
-        assert width > 300, name
-        assert ink > 0.005, f"figure {name!r} is empty"
-    assert sorted_columns >= 40
-    assert wrong == []
+
+def assert_quiet(browser: Browser, page: Path) -> None:
+    """Check that the page asked for nothing but itself and complained of nothing."""
     requested = [
         event["params"]["request"]["url"]
         for event in browser.events
@@ -183,3 +176,66 @@ def test_report_in_a_browser(browser, tmp_path, repo):
     ]
     assert complaints == []
     assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page scrolls sideways"
+
+
+def sweep_runs() -> list[Any]:
+    """Return the runs of a sweep over two settings."""
+    runs = []
+    for gro in ("off", "on"):
+        for run in make_runs(ratio=1.3 if gro == "off" else 0.9, reps=3, n=300, traced=gro == "off"):
+            run.run["configuration"]["gro"] = gro
+            runs.append(run)
+    return runs
+
+
+@pytest.mark.parametrize("kind", ["comparison", "sweep"])
+def test_report_in_a_browser(browser, tmp_path, repo, kind):
+    runs = make_runs() if kind == "comparison" else sweep_runs()
+    page = write_report(runs, tmp_path / "report.html", command="rxlab demo")
+    open_page(browser, page)
+    figures = browser.evaluate(INK)
+    sorted_columns, wrong = browser.evaluate(SORT)
+    browser.screenshot(repo / "out" / "browser" / f"{kind}.png")
+    browser.call("Emulation.setEmulatedMedia", media="print")
+    browser.screenshot(repo / "out" / "browser" / f"{kind}-print.png")
+
+    assert len(figures) >= 10
+    for name, width, ink in figures:
+        assert width > 300, name
+        assert ink > 0.005, f"figure {name!r} is empty"
+    assert sorted_columns >= 40
+    assert wrong == []
+    assert_quiet(browser, page)
+    questions = [name for name, *_ in figures]
+    assert any(name.startswith("How do two settings go together") for name in questions) == (kind == "sweep")
+    assert ("What does each setting do?" in questions) == (kind == "sweep")
+
+
+def test_a_click_shows_the_life_of_a_packet(browser, tmp_path, repo):
+    trees = [run.tree for run in make_runs() if run.is_traced]
+    made = Explorer({"rps_cpus=0": trees[:1], "rps_cpus=2": trees[1:]})
+    page = made.save(tmp_path / "explorer.html")
+    open_page(browser, page)
+    first, second = made.content["configurations"]
+    slowest = max(range(len(first["packets"])), key=lambda k: first["packets"][k]["total"])
+    browser.evaluate(f"""document.querySelector('circle[data-k="{slowest}"]').dispatchEvent(new MouseEvent("click"))""")
+    life = browser.evaluate("[$('life-title').textContent, $('life').textContent]")
+    packet = first["packets"][slowest]
+    assert life[0].startswith(f"Frame {packet['frame']}: {packet['total'] / 1e3:.1f} µs")
+    assert all(stage in life[1] for stage, *_ in packet["steps"])
+    assert "ttwu_do_activate" in life[1]
+    browser.evaluate("$('faster').click()")
+    assert browser.evaluate("$('life-title').textContent") != life[0]
+    # The second configuration at p99: its own name, its own packets, its own sum.
+    level = LEVELS.index(0.99)
+    browser.evaluate(
+        f"slider.value = 1; slider.dispatchEvent(new Event('input')); level.value = {level}; level.dispatchEvent(new Event('input'))"
+    )
+    named, title, points = browser.evaluate(
+        "[$('name').textContent, $('bar-title').textContent, document.querySelectorAll('circle').length]"
+    )
+    assert named == "rps_cpus=2"
+    assert title == f"Where the time of the p99 packet goes: {sum(second['parts'][level]) / 1e3:.1f} µs"
+    assert points == len(second["packets"])
+    assert_quiet(browser, page)
+    browser.screenshot(repo / "out" / "browser" / "explorer.png")
