@@ -1,32 +1,42 @@
 """An exact simulator: perf columns and packets of a world whose truth is known packet by packet.
 
-Two CPUs: the sender's (0), where packets enter by netif_rx, and the reader's (1). Softirq work on a CPU is serial, the reader is
-one task that sleeps when its queue is empty. Times are whole nanoseconds. Impairments remove events afterwards, as lost records
-and blind tasks do, and leave the truth alone.
+Packets enter on CPU 0 by netif_rx and reach the stack there, or on CPU 1 after an RPS interrupt. Softirq work on a CPU is serial. Each
+reader is a task on a CPU of its own: it sleeps when its sockets are empty, or asks again and again. Times are whole nanoseconds.
+Impairments remove events afterwards, as lost records and blind tasks do, and leave the truth alone.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+import heapq
+from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from rxlab.follow.clockfit import ClockMap, fit_constant
+from rxlab.follow.clockfit import NAT, ClockMap, fit_constant
 from rxlab.follow.join import Machine
 from rxlab.read.columns import Columns
+from rxlab.stages import STAGE_INDEX, STAGE_NAMES
 
 START = 5_000_000_000
 OFFSET = 1_790_000_000_123_456_789
 READER, OTHER, SPINNER = 4242, 999, 17
 SOCKET = 0xFFFF888100000000
 MAC_LOCAL, MAC_PEER = 0x020000000002, 0x020000000001
+EAGAIN = -11
+FIRST = 20_000_000  # ns of silence before the first packet
+DROP_REASON = 42
 
 
 @dataclass
 class World:
-    """A simulated recording and its truth."""
+    """A simulated recording and its truth.
+
+    ``truth``, dims (packet,): ``received, copied, returned`` (ns, -1: never), ``payload``, ``merged``, ``dropped``, ``duplicate``,
+    ``tid``, ``knowable`` (the events that name its reader were delivered) and ``stages``, dims (packet, stage), NaT where
+    the packet has no such event.
+    """
 
     events: dict[str, Columns]
     packets: Columns
@@ -34,190 +44,416 @@ class World:
     machine: Machine
     truth: dict[str, np.ndarray]
     lost: int = 0
+    lost_records: Columns | None = None
 
 
-@dataclass
-class _Log:
-    rows: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))
+@dataclass(frozen=True)
+class Recipe:
+    """What a world is like; the parameters of :func:`simulate`.
 
-    def add(self, event: str, time: int, cpu: int, tid: int, /, **fields: Any) -> None:
-        self.rows[event].append({"time": int(time), "cpu": cpu, "tid": tid, "pid": tid, **fields})
-
-
-def simulate(
-    *,
-    seed: int = 1,
-    n: int = 300,
-    proto: str = "tcp",
-    rps: bool = False,
-    mean_gap_ns: int = 40_000,
-    stamp: str = "tap",
-    max_payload: int = 1000,
-    read_size: int = 65_536,
-    merge_share: float = 0.0,
-    n_addresses: int = 4096,
-    work_ns: int = 1_500,
-    blind: tuple[tuple[int, int, int], ...] = (),
-    lost_share: float = 0.0,
-) -> World:
-    """Simulate a world.
-
-    Parameters
+    Attributes
     ----------
     mean_gap_ns : int
         Mean of the exponential gaps between packets; small values make the reader find queued data.
     stamp : {"tap", "bracket"}
         Where the pcap stamp is taken.
     merge_share : float
-        Share of TCP packets merged into the skb before them by the socket backlog: no tcp_probe, no data_ready.
+        Share of TCP packets merged into the skb before them by the socket backlog: no tcp_probe, no data_ready. With
+        `behind_ack` each such group is merged behind a pure ACK of its own.
     n_addresses : int
         skb addresses in circulation: few make reuse frequent. An address is free again once its packet was read, so there
         must be more of them than packets that wait.
     work_ns : int
-        What the reader does after each call before it asks for more.
-    blind : tuples of (cpu, first ns, last ns) since the start
-        Windows in which a CPU delivers nothing.
-    lost_share : float
-        Share of all events removed at random.
+        What a reader does after each call before it asks for more.
+    flows : int
+        TCP: connections, each with its socket. UDP: flows spread over `sockets`, as an SO_REUSEPORT group does.
+    readers : int
+        Tasks. One serves all sockets (epoll); with `shared` all of them serve every socket, else each its own.
+    peek, polling : bool
+        Readers look with MSG_PEEK before they read; ask again when there is nothing instead of sleeping.
+    drop_share, repeat_share, swap_share : float
+        Packets the socket drops (kfree_skb with a reason); retransmitted though delivered; swapped with their successor (TCP).
+    gro : int
+        Segments of every TCP packet, merged by GRO before the tap.
+    blind : tuples of (cpu, first ns, last ns)
+        Windows in which a CPU delivers nothing, times since the first packet may come.
+    lost_share, lost_burst : float
+        Share of all events removed, and the mean number lost in a row on a CPU (1: each for itself).
     """
-    rng = np.random.default_rng(seed)
+
+    seed: int = 1
+    n: int = 300
+    proto: str = "tcp"
+    rps: bool = False
+    mean_gap_ns: int = 40_000
+    stamp: str = "tap"
+    max_payload: int = 1000
+    read_size: int = 65_536
+    merge_share: float = 0.0
+    behind_ack: bool = False
+    n_addresses: int = 4096
+    work_ns: int = 1_500
+    flows: int = 1
+    sockets: int = 1
+    readers: int = 1
+    shared: bool = False
+    peek: bool = False
+    polling: bool = False
+    drop_share: float = 0.0
+    repeat_share: float = 0.0
+    swap_share: float = 0.0
+    gro: int = 1
+    blind: tuple[tuple[int, int, int], ...] = ()
+    lost_share: float = 0.0
+    lost_burst: float = 1.0
+
+    @property
+    def is_tcp(self) -> bool:
+        """Whether the world speaks TCP."""
+        return self.proto == "tcp"
+
+
+@dataclass
+class _Log:
+    rows: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, event: str, time: int, cpu: int, tid: int, /, **fields: Any) -> dict[str, Any]:
+        """Add an event; the row returned tells later, by ``_kept``, whether the recording has it."""
+        row = {"time": int(time), "cpu": cpu, "tid": tid, "pid": tid, **fields}
+        self.rows[event].append(row)
+        return row
+
+
+@dataclass
+class _Packet:
+    """One packet on the wire, its place in its stream and the events it caused, by stage."""
+
+    number: int
+    flow: int
+    socket: int
+    seq: int
+    payload: int
+    fate: str = "read"  # read, dropped, duplicate, ack
+    head: int = -1  # the packet into whose skb it was merged
+    arrival: int = 0
+    ready: int = 0
+    stamp: int = 0
+    address: int = 0
+    lives: dict[str, dict[str, Any]] = field(default_factory=dict)
+    taken: int = 0
+    is_swapped: bool = False
+
+
+def simulate(**recipe: Any) -> World:
+    """Simulate the world of a :class:`Recipe`."""
+    told = Recipe(**recipe)
+    rng = np.random.default_rng(told.seed)
     log = _Log()
-    stack_cpu = 1 if rps else 0
-    gaps = rng.exponential(mean_gap_ns, n).astype(np.int64) + 1
-    arrival = START + 10_000 + np.cumsum(gaps)
-    payload = rng.integers(30, max_payload, n)
-    is_tcp = proto == "tcp"
-    merged = np.zeros(n, bool)
-    if is_tcp and merge_share:
-        merged[1:] = rng.random(n - 1) < merge_share
-    header = 52 if is_tcp else 28
-    _place_in_time(rng, arrival, merged)
-    received, stamped, ready = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.int64)
+    packets = _wire(told, rng)
+    _stack(log, told, packets)
+    _Readers(log, told, packets).run()
+    events, records = _columns(log, rng, told)
+    readings = [{"mono_before": START - 20, "real": START + OFFSET, "mono_after": START + 20}] * 3
+    machine = Machine("eth0", frozenset({MAC_LOCAL}))
+    lost = int(records["count"].sum())
+    clock = fit_constant(readings)
+    return World(events, _pcap(told, packets), clock, machine, _truth(told, packets), lost, records)
+
+
+def _wire(told: Recipe, rng: np.random.Generator) -> list[_Packet]:
+    """Return the packets in the order they arrive."""
+    seq = rng.integers(0, 2**32, told.flows).tolist()
+    payloads = rng.integers(30, told.max_payload, told.n).tolist()
+    flows = rng.integers(0, told.flows, told.n).tolist() if told.flows > 1 else [0] * told.n
+    gaps = (rng.exponential(told.mean_gap_ns, told.n).astype(np.int64) + 1).tolist()
+    chance = rng.random((4, told.n)).tolist()
+    packets: list[_Packet] = []
+    last: dict[int, _Packet] = {}
+    clock = START + FIRST
+    for i in range(told.n):
+        flow, size = flows[i], payloads[i] * told.gro
+        merged = told.is_tcp and flow in last and chance[0][i] < told.merge_share
+        # Merged packets come close behind the one before, as in a burst.
+        clock += 4_000 + gaps[i] % 2_000 if merged else gaps[i]
+        if merged and told.behind_ack and last[flow].fate != "ack" and last[flow].head < 0:
+            ack = _Packet(len(packets), flow, flow, seq[flow], 0, "ack", arrival=clock)
+            packets.append(ack)
+            last[flow], clock = ack, clock + 4_000
+        socket = flow if told.is_tcp else flow % told.sockets
+        packet = _Packet(len(packets), flow, socket, seq[flow], size, arrival=clock)
+        seq[flow] = (seq[flow] + size) % 2**32
+        if merged:
+            before = last[flow]
+            packet.head = before.head if before.head >= 0 else before.number
+        if not told.is_tcp and chance[1][i] < told.drop_share:
+            packet.fate = "dropped"
+        packets.append(packet)
+        last[flow] = packet
+        if told.is_tcp and told.flows == 1 and i and chance[2][i] < told.swap_share and packet.head < 0:
+            earlier = packets[-2]
+            if earlier.head < 0 and earlier.fate == "read" and not earlier.is_swapped:
+                packet.seq = earlier.seq
+                earlier.payload, packet.payload = packet.payload, earlier.payload
+                earlier.seq = (packet.seq + packet.payload) % 2**32
+                earlier.is_swapped = packet.is_swapped = True
+        if told.is_tcp and chance[3][i] < told.repeat_share and packet.head < 0 and not told.swap_share:
+            again = _Packet(len(packets), flow, socket, packet.seq, packet.payload, "duplicate", arrival=clock + 150_000)
+            packets.append(again)
+    packets.sort(key=lambda packet: packet.arrival)
+    renumber = {packet.number: at for at, packet in enumerate(packets)}
+    for packet in packets:
+        packet.head = renumber.get(packet.head, -1)
+        packet.number = renumber[packet.number]
+        packet.address = 0xFFFF888200000000 + 0x100 * (packet.number % told.n_addresses)
+    return packets
+
+
+def _stack(log: _Log, told: Recipe, packets: list[_Packet]) -> None:
+    """Let every packet through driver, RPS and protocol: fills ready, stamp and the stages up to data_ready."""
+    cpu = 1 if told.rps else 0
     free_at = [START, START]
-    address = np.uint64(0xFFFF888200000000) + np.uint64(0x100) * (np.arange(n) % n_addresses).astype(np.uint64)
-    first_seq = int(rng.integers(0, 2**32))
-    seq = (first_seq + np.concatenate(([0], np.cumsum(payload)[:-1]))) % 2**32
-    head = np.arange(n)
-    for i in range(1, n):
-        if merged[i]:
-            head[i] = head[i - 1]
-    group_len = np.zeros(n, np.int64)
-    np.add.at(group_len, head, payload)
-    for i in range(n):
+    header = 52 if told.is_tcp else 28
+    grown: dict[int, int] = defaultdict(int)
+    reached: dict[int, int] = {}
+    for packet in packets:
+        grown[packet.head if packet.head >= 0 else packet.number] += packet.payload
+    for packet in packets:
         # The sender's CPU: netif_rx, softirq; the stack there, or on the RPS target after an IPI.
-        t = max(int(arrival[i]), free_at[0])
-        log.add("net:netif_rx_entry", t, 0, OTHER, name=0, skbaddr=address[i], len=payload[i] + header,
-                queue_mapping=0, hash=0xABCD, gso_size=0)  # fmt: skip
-        log.add("net:netif_rx", t + 900, 0, OTHER, name=0, skbaddr=address[i], len=payload[i] + header)
-        log.add("irq:softirq_raise", t + 1500, 0, OTHER, vec=3)
-        log.add("irq:softirq_entry", t + 2200, 0, OTHER, vec=3)
+        t, size, live = max(packet.arrival, free_at[0]), packet.payload + header, packet.lives
+        frame = {"name": 0, "skbaddr": packet.address, "len": size}
+        live["driver_rx"] = log.add(
+            "net:netif_rx_entry", t, 0, OTHER, **frame, queue_mapping=0, hash=0xABCD + packet.flow,
+            gso_size=packet.payload // told.gro if told.gro > 1 else 0,
+        )  # fmt: skip
+        log.add("net:netif_rx", t + 900, 0, OTHER, **frame)
+        live["softirq_raise"] = log.add("irq:softirq_raise", t + 1500, 0, OTHER, vec=3)
+        live["softirq"] = log.add("irq:softirq_entry", t + 2200, 0, OTHER, vec=3)
         bracket, rx = t + 400, t + 3100
         free_at[0] = t + 4000
-        if rps:
+        if told.rps and free_at[1] > t + 3000:
+            # The target's backlog is still scheduled: no interrupt, this packet is next in the same softirq.
+            free_at[0], rx = t + 3600, free_at[1]
+        elif told.rps:
             log.add("csd:csd_queue_cpu", t + 3000, 0, OTHER, field_cpu=1, func=7, csd=0xC5D)
             free_at[0] = t + 3600
             t = max(t + 4200, free_at[1])
-            log.add("csd:csd_function_entry", t, 1, SPINNER, func=7, csd=0xC5D)
+            live["rps_ipi"] = log.add("csd:csd_function_entry", t, 1, SPINNER, func=7, csd=0xC5D)
             log.add("irq:softirq_raise", t + 700, 1, SPINNER, vec=3)
             log.add("irq:softirq_entry", t + 1500, 1, SPINNER, vec=3)
             rx = t + 2500
-        log.add("net:netif_receive_skb", rx, stack_cpu, OTHER, name=0, skbaddr=address[i], len=payload[i] + header)
-        received[i], stamped[i] = rx, bracket if stamp == "bracket" else rx + 750
-        end = rx + 1500
-        if is_tcp and not merged[i]:
-            log.add("tcp:tcp_probe", rx + 2000, stack_cpu, OTHER, skbaddr=address[i], skaddr=SOCKET, sport=80, dport=5000,
-                    data_len=int(group_len[i]) % 65536, snd_una=1)  # fmt: skip
+        live["netif_receive_skb"] = log.add("net:netif_receive_skb", rx, cpu, OTHER, **frame)
+        packet.stamp = bracket if told.stamp == "bracket" else rx + 750
+        end, sock = rx + 1500, SOCKET + 0x1000 * packet.socket
+        if told.is_tcp and packet.head < 0:
+            live["tcp_rcv"] = log.add(
+                "tcp:tcp_probe", rx + 2000, cpu, OTHER, skbaddr=packet.address, skaddr=sock, sport=80,
+                dport=5000 + packet.flow, data_len=grown[packet.number] % 65536, snd_una=1,
+            )  # fmt: skip
             end = rx + 2600
-        ready[i] = end + 400
-        if not merged[i]:
-            log.add(
-                "sock:sk_data_ready", ready[i], stack_cpu, OTHER, skaddr=SOCKET, family=2, protocol=6 if is_tcp else 17
+        packet.ready = end + 400
+        in_order = not told.swap_share or packet.seq == reached.get(packet.flow, packet.seq)
+        if told.swap_share and in_order and packet.fate == "read":
+            ahead = packets[packet.number - 1]
+            filled = ahead.flow == packet.flow and ahead.seq == (packet.seq + packet.payload) % 2**32
+            reached[packet.flow] = ((ahead.seq + ahead.payload) if filled else (packet.seq + packet.payload)) % 2**32
+        if packet.fate == "dropped":
+            log.add("skb:kfree_skb", end, cpu, OTHER, skbaddr=packet.address, reason=DROP_REASON)
+        elif packet.head < 0 and packet.fate != "duplicate" and in_order and (packet.fate != "ack" or grown[packet.number]):
+            live["data_ready"] = log.add(
+                "sock:sk_data_ready", packet.ready, cpu, OTHER, skaddr=sock, family=2, protocol=6 if told.is_tcp else 17
             )
-        free_at[stack_cpu] = max(free_at[stack_cpu], int(ready[i]) + 2500)
-    truth = _read(log, ready, payload, head, address, stack_cpu, read_size, work_ns, is_tcp)
-    truth |= {"received": received, "payload": payload, "merged": merged}
-    packets = _packets(stamped, payload, header, seq, is_tcp)
-    readings = [{"mono_before": START - 20, "real": START + OFFSET, "mono_after": START + 20}] * 3
-    events, lost = _columns(log, rng, blind, lost_share)
-    return World(events, packets, fit_constant(readings), Machine("eth0", frozenset({MAC_LOCAL})), truth, lost)
+        free_at[cpu] = max(free_at[cpu], packet.ready + 2500)
 
 
-def _place_in_time(rng: np.random.Generator, arrival: np.ndarray, merged: np.ndarray) -> None:
-    """Move merged packets close behind the one before, as a burst has them."""
-    for i in np.flatnonzero(merged):
-        arrival[i:] -= max(0, int(arrival[i] - arrival[i - 1]) - int(rng.integers(4_000, 6_000)))
+class _Readers:
+    """The reading tasks: asleep until woken, then one receive call after the other until their queues are empty."""
 
+    def __init__(self, log: _Log, told: Recipe, packets: list[_Packet]) -> None:
+        self.log, self.told, self.packets = log, told, packets
+        self.n_sockets = told.flows if told.is_tcp else told.sockets
+        self.queues: list[deque[_Packet]] = [deque() for _ in range(self.n_sockets)]
+        self.asleep = dict.fromkeys(range(told.readers), START)
+        self.heap: list[tuple[int, int, int, int]] = []
+        for task in self.asleep:
+            self._switch(START, task, out=True)
+        self.left = self._plan()
+        if told.polling:
+            for task in list(self.asleep):
+                del self.asleep[task]
+                self._switch(START + FIRST + 6_000, task, out=False)
+                self._push(START + FIRST + 6_500, 1, task)
 
-def _read(
-    log: _Log,
-    ready: np.ndarray,
-    payload: np.ndarray,
-    head: np.ndarray,
-    address: np.ndarray,
-    stack_cpu: int,
-    read_size: int,
-    work_ns: int,
-    is_tcp: bool,
-) -> dict[str, np.ndarray]:
-    """Run the reader: asleep until woken, then one receive call after the other until its queue is empty."""
-    n = len(ready)
-    copied, returned = np.full(n, -1, np.int64), np.full(n, -1, np.int64)
-    slow = int(ready[0]) + 1
-    switch_in = START
-    # What can be read at which time: a merged group is readable once its last packet is in.
-    readable = ready.copy()
-    for i in range(n - 2, -1, -1):
-        if head[i + 1] == head[i]:
-            readable[i] = readable[i + 1]
-    readable = np.maximum.accumulate(readable)
-    asleep_since = START + 5_000
-    log.add("sched:sched_switch", asleep_since, 1, READER, prev_pid=READER, next_pid=SPINNER, next_comm=b"spinner")
-    now, i, taken = asleep_since, 0, 0
-    while i < n:
-        if readable[i] >= now:
-            # Nothing to read: sleep, and be woken by the packet's data_ready (the head's, for a merged group).
-            if now > asleep_since:
-                log.add("sched:sched_switch", now, 1, READER, prev_pid=READER, next_pid=SPINNER, next_comm=b"spinner")
-            wake = max(int(ready[head[i]]) + 700, now + 100)
-            log.add("sched:sched_waking", wake, stack_cpu, OTHER, field_pid=READER)
-            log.add("sched:sched_wakeup", wake + 900, stack_cpu, OTHER, field_pid=READER)
-            switch_in = max(wake + 2_400, int(readable[i]) + 800)
-            log.add("sched:sched_switch", switch_in, 1, SPINNER, prev_pid=SPINNER, next_pid=READER, next_comm=b"reader")
-            now = switch_in + 500
-        # One receive call.
-        room, ends = read_size, []
-        while room > 0 and i < n and readable[i] < now:
-            size = min(room, int(payload[i]) - taken)
+    def _plan(self) -> int:
+        """Queue the arrivals: data is readable when its group is in and nothing before it in the stream is missing."""
+        wanted: dict[int, int] = {}
+        held: dict[int, list[_Packet]] = defaultdict(list)
+        groups: dict[int, list[_Packet]] = defaultdict(list)
+        self.batches: list[tuple[list[_Packet], _Packet]] = []
+        for packet in self.packets:
+            groups[packet.head if packet.head >= 0 else packet.number].append(packet)
+        done: set[int] = set()
+        for packet in self.packets:
+            key = packet.head if packet.head >= 0 else packet.number
+            if packet.fate in ("dropped", "duplicate") or key in done:
+                continue
+            done.add(key)
+            members = [member for member in groups[key] if member.payload]
+            if not members:
+                continue
+            if self.told.swap_share:
+                held[packet.flow].append(packet)
+                stream = sorted(held[packet.flow], key=lambda one: (one.seq - members[0].seq + 2**31) % 2**32)
+                if wanted.get(packet.flow, packet.seq) != stream[0].seq and packet.flow in wanted:
+                    continue
+                ahead = self.packets[packet.number + 1 :][:1]
+                is_early = ahead and ahead[0].flow == packet.flow and (ahead[0].seq + ahead[0].payload) % 2**32 == packet.seq
+                if is_early and packet.flow not in wanted:
+                    continue
+                members, held[packet.flow] = stream, []
+                wanted[packet.flow] = (members[-1].seq + members[-1].payload) % 2**32
+            self.batches.append((members, packet))
+            self._push(max(max(m.ready for m in members), packet.ready), 0, len(self.batches) - 1)
+        return sum(len(batch) for batch, _ in self.batches)
+
+    def _push(self, time: int, kind: int, what: int) -> None:
+        heapq.heappush(self.heap, (int(time), kind, what, 0))
+
+    def _tasks(self, socket: int) -> list[int]:
+        """Return the tasks that serve a socket."""
+        if self.told.shared or self.told.readers == 1:
+            return list(range(self.told.readers))
+        return [socket % self.told.readers]
+
+    def _switch(self, time: int, task: int, *, out: bool) -> None:
+        tid, cpu = READER + task, 1 + task
+        pair = (tid, SPINNER) if out else (SPINNER, tid)
+        name = b"spinner" if out else b"reader"
+        row = self.log.add(
+            "sched:sched_switch", time, cpu, pair[0], prev_pid=pair[0], next_pid=pair[1], next_comm=name, prev_state=int(out)
+        )
+        if not out:
+            self.came = getattr(self, "came", {})
+            self.came[task] = row
+
+    def run(self) -> None:
+        """Run until everything was read."""
+        while self.heap:
+            time, kind, what, _ = heapq.heappop(self.heap)
+            if kind == 0:
+                self._arrive(time, what)
+            else:
+                self._work(time, what)
+
+    def _arrive(self, time: int, number: int) -> None:
+        """Queue a batch and wake a task that sleeps on its socket."""
+        members, waker = self.batches[number]
+        socket = members[0].socket
+        self.queues[socket].extend(members)
+        sleeping = [task for task in self._tasks(socket) if task in self.asleep]
+        if not sleeping:
+            return
+        task, cpu = sleeping[0], 1 if self.told.rps else 0
+        since = self.asleep.pop(task)
+        head = self.packets[waker.head] if waker.head >= 0 else waker
+        wake = max(head.ready + 700, since + 100)
+        target = {"field_pid": READER + task}
+        waking = self.log.add("sched:sched_waking", wake, cpu, OTHER, **target)
+        wakeup = self.log.add("sched:sched_wakeup", wake + 900, cpu, OTHER, **target)
+        if wake == head.ready + 700:
+            head.lives |= {"waking": waking, "wakeup": wakeup}
+        came = max(wake + 2_400, time + 800)
+        self._switch(came, task, out=False)
+        self._push(came + 500, 1, task)
+
+    def _work(self, now: int, task: int) -> None:
+        """Make one receive call, or go to sleep."""
+        mine = [s for s in range(self.n_sockets) if task in self._tasks(s) and self.queues[s]]
+        if not mine:
+            if not self.told.polling:
+                self.asleep[task] = now
+                self._switch(now, task, out=True)
+            elif self.left:
+                self._return(now + 600, task, next(s for s in range(self.n_sockets) if task in self._tasks(s)), EAGAIN, 0)
+                self._push(now + 600 + self.told.work_ns, 1, task)
+            return
+        socket, tcp = mine[0], self.told.is_tcp
+        if self.told.peek:
+            first = self.queues[socket][0]
+            size = min(self.told.read_size, first.payload - first.taken)
+            if tcp:
+                self._copy(now + 700, task, first, size)
+            self._return(now + 1_300, task, socket, size, 2)
+            now += 2_000
+        room, ends = self.told.read_size, []
+        while room > 0 and self.queues[socket]:
+            packet = self.queues[socket][0]
+            size = min(room, packet.payload - packet.taken)
             now += 700
-            if is_tcp:
-                log.add("skb:skb_copy_datagram_iovec", now, 1, READER, skbaddr=address[head[i]], len=size)
-                if taken == 0:
-                    copied[i] = now
-            taken, room = taken + size, room - size
-            if taken == payload[i]:
-                ends.append(i)
-                i, taken = i + 1, 0
-            if not is_tcp:
+            if tcp:
+                row = self._copy(now, task, packet, size)
+                packet.lives.setdefault("copy", row)
+            room, packet.taken = room - size, packet.taken + size
+            packet.lives.setdefault("switch_in", self.came[task])
+            if packet.taken == packet.payload:
+                ends.append(self.queues[socket].popleft())
+                self.left -= 1
+            if not tcp:
                 break
-        now += 600
-        log.add("sock:sock_recv_length", now, 1, READER, sk=SOCKET, family=2, protocol=6 if is_tcp else 17,
-                ret=read_size - room, flags=0)  # fmt: skip
-        returned[ends] = now
-        now += work_ns
-        slow = now
-    log.add("sched:sched_switch", slow + 2_000, 1, READER, prev_pid=READER, next_pid=SPINNER, next_comm=b"spinner")
-    return {"copied": copied, "returned": returned}
+        row = self._return(now + 600, task, socket, self.told.read_size - room, 0)
+        for packet in ends:
+            packet.lives["recvmsg"] = row
+        self._push(now + 600 + self.told.work_ns, 1, task)
+
+    def _copy(self, time: int, task: int, packet: _Packet, size: int) -> dict[str, Any]:
+        owner = self.packets[packet.head] if packet.head >= 0 else packet
+        return self.log.add(
+            "skb:skb_copy_datagram_iovec", time, 1 + task, READER + task, skbaddr=owner.address, len=size
+        )
+
+    def _return(self, time: int, task: int, socket: int, ret: int, flags: int) -> dict[str, Any]:
+        return self.log.add(
+            "sock:sock_recv_length", time, 1 + task, READER + task, sk=SOCKET + 0x1000 * socket, family=2,
+            protocol=6 if self.told.is_tcp else 17, ret=ret, flags=flags,
+        )  # fmt: skip
 
 
-def _packets(stamped: np.ndarray, payload: np.ndarray, header: int, seq: np.ndarray, is_tcp: bool) -> Columns:
-    n = len(stamped)
+def _truth(told: Recipe, packets: list[_Packet]) -> dict[str, np.ndarray]:
+    """Lay the truth out by packet."""
+    stages = np.full((len(packets), len(STAGE_NAMES)), NAT, np.int64)
+    needs = ("netif_receive_skb", "copy" if told.is_tcp else "data_ready", "recvmsg")
+    knowable = np.zeros(len(packets), bool)
+    for packet in packets:
+        for stage, row in packet.lives.items():
+            stages[packet.number, STAGE_INDEX[stage]] = row["time"]
+        knowable[packet.number] = all(packet.lives.get(name, {}).get("_kept", False) for name in needs)
+
+    def when(stage: str) -> np.ndarray:
+        time = stages[:, STAGE_INDEX[stage]]
+        return np.where(time == NAT, -1, time)
+
+    return {
+        "received": when("netif_receive_skb"), "copied": when("copy"), "returned": when("recvmsg"), "stages": stages,
+        "payload": np.array([packet.payload for packet in packets]),
+        "merged": np.array([packet.head >= 0 for packet in packets]),
+        "dropped": np.array([packet.fate == "dropped" for packet in packets]),
+        "duplicate": np.array([packet.fate == "duplicate" for packet in packets]),
+        "tid": np.array([packet.lives.get("recvmsg", {}).get("tid", -1) for packet in packets]),
+        "knowable": knowable,
+    }  # fmt: skip
+
+
+def _pcap(told: Recipe, packets: list[_Packet]) -> Columns:
+    n = len(packets)
+    header = 52 if told.is_tcp else 28
 
     def full(value: int, dtype: type) -> np.ndarray:
         return np.full(n, value, dtype)
 
-    return Columns(
+    payload = np.array([packet.payload for packet in packets])
+    flow = np.array([packet.flow for packet in packets], np.int32)
+    columns = Columns(
         {
-            "time": stamped + OFFSET,
+            "time": np.array([packet.stamp for packet in packets]) + OFFSET,
             "wire_len": (payload + header + 14).astype(np.uint32),
             "caplen": (payload + header + 14).astype(np.uint32),
             "frame": np.arange(1, n + 1),
@@ -229,53 +465,58 @@ def _packets(stamped: np.ndarray, payload: np.ndarray, header: int, seq: np.ndar
             "src_lo": full(0x0A000001, np.uint64),
             "dst_hi": full(0, np.uint64),
             "dst_lo": full(0x0A000002, np.uint64),
-            "proto": full(6 if is_tcp else 17, np.uint8),
-            "sport": full(5000, np.uint16),
+            "proto": full(6 if told.is_tcp else 17, np.uint8),
+            "sport": (5000 + flow).astype(np.uint16),
             "dport": full(80, np.uint16),
-            "seq": seq.astype(np.uint32) if is_tcp else full(0, np.uint32),
+            "seq": np.array([packet.seq if told.is_tcp else 0 for packet in packets]).astype(np.uint32),
             "payload_len": payload.astype(np.int32),
-            "flow": full(0, np.int32),
+            "flow": flow,
             "flow_dir": full(0, np.int8),
         }
     )
+    return columns
 
 
-def _columns(
-    log: _Log, rng: np.random.Generator, blind: tuple[tuple[int, int, int], ...], lost_share: float
-) -> tuple[dict[str, Columns], int]:
-    """Order all events by (time, CPU), remove what the impairments hide, and lay them out as the reader would."""
-    names, times, cpus, rows = [], [], [], []
-    for name, entries in log.rows.items():
-        for row in entries:
-            names.append(name)
-            times.append(row["time"])
-            cpus.append(row["cpu"])
-            rows.append(row)
-    order = np.lexsort((cpus, times))
+def _columns(log: _Log, rng: np.random.Generator, told: Recipe) -> tuple[dict[str, Columns], Columns]:
+    """Order all events by (time, CPU), remove what the impairments hide, and lay them out as the reader would.
+
+    Also returns the LOST records: the kernel writes one just after the stamp of the first sample that found room again, and
+    counts what was lost at the very end nowhere but in the sum.
+    """
+    rows = [(row["time"], row["cpu"], name, row) for name, entries in log.rows.items() for row in entries]
+    order = np.lexsort(([row[1] for row in rows], [row[0] for row in rows]))
     events: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    rank = lost = 0
-    for at in order:
-        row = rows[at]
-        if any(cpu == row["cpu"] and first <= row["time"] - START < last for cpu, first, last in blind):
+    losing: dict[int, int] = defaultdict(int)
+    records: list[tuple[int, int, int]] = []
+    share, burst = told.lost_share, told.lost_burst
+    enter, leave = (min(1.0, share / (1 - share) / burst), 1 / burst) if burst > 1 else (share, 1 - share)
+    chance = rng.random(len(rows)).tolist()
+    rank = 0
+    for number, at in enumerate(order):
+        time, cpu, name, row = rows[at]
+        if any(one == cpu and first <= time - START - FIRST < last for one, first, last in told.blind):
             continue
-        if lost_share and rng.random() < lost_share:
-            lost += 1
+        if share and (chance[number] >= leave if losing[cpu] else chance[number] < enter):
+            losing[cpu] += 1
             continue
-        events[names[at]].append({**row, "rank": rank})
+        if losing[cpu]:
+            records.append((time + 40, cpu, losing.pop(cpu)))
+        row["_kept"] = True
+        events[name].append({**row, "rank": rank})
         rank += 1
-    types = {
-        "skbaddr": np.uint64,
-        "skaddr": np.uint64,
-        "sk": np.uint64,
-        "csd": np.uint64,
-        "func": np.uint64,
-        "cpu": np.int32,
-    }
+    types = {"skbaddr": np.uint64, "skaddr": np.uint64, "sk": np.uint64, "csd": np.uint64, "func": np.uint64, "cpu": np.int32}
     columns = {}
     for name, entries in events.items():
         arrays = {}
         for key in entries[0]:
-            values = [entry[key] for entry in entries]
-            arrays[key] = np.array(values, types.get(key)) if key != "next_comm" else np.array(values, "S16")
-        columns[name] = Columns(arrays, {"categories": {"name": ["eth0"]}})
+            if not key.startswith("_"):
+                dtype = types.get(key) if key != "next_comm" else "S16"
+                arrays[key] = np.array([entry[key] for entry in entries], dtype)
+        columns[name] = Columns(
+            arrays, {"categories": {"name": ["eth0"]}, "symbols": {"reason": {DROP_REASON: "SOCKET_RCVBUFF"}}}
+        )
+    rest = sum(losing.values())
+    table = np.array(records + ([(-1, -1, rest)] if rest else []), np.int64).reshape(-1, 3)
+    kind = np.where(table[:, 0] >= 0, b"LOST", b"LOST_SAMPLES").astype("S12")
+    lost = Columns({"time": table[:, 0], "cpu": table[:, 1].astype(np.int32), "count": table[:, 2], "kind": kind})
     return columns, lost

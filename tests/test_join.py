@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rxlab.errors import MissingEventError
-from rxlab.follow import queues
+from rxlab.follow import join as join_module
+from rxlab.follow import kernelpath
 from rxlab.follow.clockfit import NAT
+from rxlab.follow.hidden import NOTHING_HIDDEN
 from rxlab.follow.join import Joined, join
 from rxlab.follow.status import FLAGGED
 from rxlab.stages import ATTRIBUTIONS, STAGE_INDEX, STATUSES
-from tests.simulate import World, simulate
+from tests.simulate import FIRST, START, World, simulate
 
 RX, COPY, RECV = (STAGE_INDEX[name] for name in ("netif_receive_skb", "copy", "recvmsg"))
 
 
 def run(world: World) -> Joined:
-    return join(world.events, world.packets, world.clock, world.machine, lost=world.lost)
+    return join(world.events, world.packets, world.clock, world.machine, lost=world.lost, lost_records=world.lost_records)
 
 
 def names(joined: Joined) -> np.ndarray:
@@ -27,12 +32,9 @@ def names(joined: Joined) -> np.ndarray:
 
 
 def wrong(joined: Joined, world: World) -> np.ndarray:
-    """Rows that claim a receive call, or a copy, that is not the true one."""
-    believed = ~np.isin(names(joined), FLAGGED)
-    claims = believed & (joined.time[:, RECV] != NAT)
-    bad = claims & (joined.time[:, RECV] != world.truth["returned"])
-    copies = believed & (joined.time[:, COPY] != NAT)
-    return bad | (copies & (joined.time[:, COPY] != world.truth["copied"]))
+    """Rows that are called trusted and show any stage that is not the true one."""
+    truth = world.truth["stages"]
+    return joined.packets["trusted"] & ((joined.time != NAT) & (joined.time != truth)).any(axis=1)
 
 
 @pytest.mark.parametrize("proto", ["tcp", "udp"])
@@ -53,28 +55,46 @@ def test_clean_world_comes_back_exactly(proto: str, rps: bool, stamp: str, mean_
     assert moved.all() if rps else not moved.any()
 
 
-@given(
-    seed=st.integers(0, 10_000),
-    proto=st.sampled_from(["tcp", "udp"]),
-    rps=st.booleans(),
-    gap=st.sampled_from([2_000, 8_000, 30_000]),
-    read_size=st.sampled_from([10, 700, 65_536]),
-    work=st.sampled_from([1_500, 25_000]),
-    merge=st.sampled_from([0.0, 0.3]),
-)
+@st.composite
+def worlds(draw: st.DrawFn) -> dict[str, Any]:
+    """Recipes of worlds in which nothing is missing."""
+    proto = draw(st.sampled_from(["tcp", "udp"]))
+    recipe: dict[str, Any] = {
+        "seed": draw(st.integers(0, 10_000)), "n": 120, "proto": proto, "rps": draw(st.booleans()),
+        "stamp": draw(st.sampled_from(["tap", "bracket"])), "mean_gap_ns": draw(st.sampled_from([2_000, 8_000, 30_000])),
+        "work_ns": draw(st.sampled_from([1_500, 25_000])), "peek": draw(st.booleans()), "polling": draw(st.booleans()),
+        "n_addresses": draw(st.sampled_from([150, 4096])),
+    }  # fmt: skip
+    if proto == "tcp":
+        kind = draw(st.sampled_from(["merge", "flows", "swap", "plain"]))
+        # A UDP read smaller than its datagram discards the rest: the simulator models whole datagrams only.
+        recipe |= {"read_size": draw(st.sampled_from([10, 700, 65_536])), "gro": draw(st.sampled_from([1, 4]))}
+        recipe |= {
+            "merge": {"merge_share": 0.3, "behind_ack": draw(st.booleans())},
+            "flows": {"flows": 4, "readers": draw(st.sampled_from([1, 2]))},
+            "swap": {"swap_share": 0.1, "repeat_share": 0.05},
+            "plain": {},
+        }[kind]
+    else:
+        recipe |= {"flows": 6, "sockets": draw(st.sampled_from([1, 3])), "drop_share": draw(st.sampled_from([0.0, 0.2]))}
+        recipe["readers"] = min(recipe["sockets"], draw(st.sampled_from([1, 3])))
+    return recipe
+
+
+@given(recipe=worlds())
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_any_clean_world_has_no_wrong_row(
-    seed: int, proto: str, rps: bool, gap: int, read_size: int, work: int, merge: float
-) -> None:
-    """Small reads, large reads, merged skbs and reused addresses: nothing is joined wrongly."""
-    # A UDP read smaller than its datagram discards the rest: the simulator models whole datagrams only.
-    size = 65_536 if proto == "udp" else read_size
-    world = simulate(
-        seed=seed, n=120, proto=proto, rps=rps, mean_gap_ns=gap, read_size=size, merge_share=merge, work_ns=work
-    )
+def test_any_clean_world_comes_back(recipe: dict[str, Any]) -> None:
+    """Every packet has its true reader and only true stages; drops and repeats say so."""
+    world = simulate(**recipe)
     joined = run(world)
     assert not wrong(joined, world).any()
-    assert (names(joined) == "complete").mean() > 0.97
+    said, truth = names(joined), world.truth
+    data = joined.packets["is_data"]
+    assert ((said == "dropped") == truth["dropped"]).all()
+    assert ((said == "duplicate") == truth["duplicate"]).all()
+    read = data & ~truth["dropped"] & ~truth["duplicate"]
+    assert (joined.packets["trusted"] & read).sum() >= 0.97 * read.sum()
+    assert (joined.packets["tid"] == truth["tid"])[joined.packets["trusted"]].all()
 
 
 @pytest.mark.parametrize("proto", ["tcp", "udp"])
@@ -83,21 +103,64 @@ def test_blind_window_is_flagged_and_nothing_after_it_is_shifted(proto: str, cpu
     world = simulate(proto=proto, rps=True, n=400, mean_gap_ns=40_000, blind=((cpu, 4_000_000, 4_700_000),))
     joined = run(world)
     assert not wrong(joined, world).any()
-    time = joined.clock.to_monotonic(joined.packets["pcap_time"]) - 5_000_000_000
+    time = joined.clock.to_monotonic(joined.packets["pcap_time"]) - START - FIRST
     after = time > 7_000_000
     assert after.sum() > 100
     assert (names(joined)[after] == "complete").all()
     assert (names(joined) != "complete").sum() > 3
 
 
+LOSSES = [(share, burst) for share in (0.05, 0.2, 0.5) for burst in (1, 30)]
+
+
 @pytest.mark.parametrize("proto", ["tcp", "udp"])
-@pytest.mark.parametrize("share", [0.02, 0.2, 0.5])
-@pytest.mark.parametrize("seed", range(4))
-def test_lost_events_degrade_the_verdict(proto: str, share: float, seed: int) -> None:
-    world = simulate(seed=seed, proto=proto, n=400, mean_gap_ns=30_000, lost_share=share)
-    joined = run(world)
+@pytest.mark.parametrize(("share", "burst"), LOSSES)
+def test_lost_events_leave_only_true_rows(proto: str, share: float, burst: float) -> None:
+    """Whatever is lost, what is called trusted is right in every stage, and the run says that it is not whole."""
+    for seed, rps, gap in ((0, False, 4_000), (1, True, 30_000)):
+        world = simulate(
+            seed=seed, proto=proto, rps=rps, n=600, mean_gap_ns=gap, lost_share=share, lost_burst=burst, n_addresses=300
+        )
+        joined = run(world)
+        assert joined.verdict != "trusted"
+        assert not wrong(joined, world).any()
+        known = world.truth["knowable"]
+        # Half of what can be known; of datagrams lost each for itself at 50 % less: the queue's place is what goes first.
+        least = 0.05 if (proto, share, burst) == ("udp", 0.5, 1) else 0.5
+        assert (joined.packets["trusted"] & known).sum() >= least * known.sum()
+
+
+def test_loss_without_a_place_leaves_nothing_trusted() -> None:
+    """A recording that only says how much was lost may miss anything anywhere."""
+    world = simulate(lost_share=0.05)
+    joined = join(world.events, world.packets, world.clock, world.machine, lost=world.lost)
+    assert not joined.packets["trusted"].any()
     assert joined.verdict != "trusted"
-    assert wrong(joined, world).mean() <= 0.01
+
+
+@pytest.mark.skipif(not os.environ.get("RXLAB_LONG"), reason="RXLAB_LONG=1 draws 300,000 trusted packets of lossy worlds")
+def test_long_draw_of_lossy_worlds() -> None:
+    """300,000 packets called trusted while 5 to 50 % of the events are lost: at most one in 100,000 wrong."""
+    trusted = bad = known = found = 0
+    seed = 1000
+    while trusted < 300_000:
+        rng = np.random.default_rng(seed)
+        world = simulate(
+            seed=seed, n=4_000, proto=("tcp", "udp")[seed % 2], rps=bool(rng.integers(2)),
+            mean_gap_ns=int(rng.choice([3_000, 8_000, 30_000])), stamp=str(rng.choice(["tap", "bracket"])),
+            lost_share=float(rng.choice([0.05, 0.1, 0.2, 0.35, 0.5])), lost_burst=float(rng.choice([1, 5, 30, 300])),
+            n_addresses=int(rng.choice([300, 4096])), polling=bool(rng.integers(2)), max_payload=int(rng.choice([64, 1000])),
+            work_ns=int(rng.choice([1_500, 5_000])),
+        )  # fmt: skip
+        joined = run(world)
+        assert joined.verdict != "trusted"
+        believed = joined.packets["trusted"]
+        trusted, bad = trusted + int(believed.sum()), bad + int(wrong(joined, world).sum())
+        known, found = known + int(world.truth["knowable"].sum()), found + int((world.truth["knowable"] & believed).sum())
+        seed += 1
+    print(f"{seed - 1000} worlds: {trusted} trusted, {bad} wrong, {found} of {known} knowable packets trusted")
+    assert bad <= trusted * 1e-5
+    assert found >= 0.5 * known
 
 
 def test_few_addresses_are_told_apart_by_generation() -> None:
@@ -149,26 +212,56 @@ def test_missing_optional_event_costs_its_stage_only(gone: str, stage: str) -> N
 class TestMutations:
     """A join broken on purpose must be caught by a judge that does not know how it was broken."""
 
-    def test_shifted_receive_is_caught(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        world = simulate(proto="udp", mean_gap_ns=60_000)
-        real = queues._consume_queue
+    @pytest.mark.parametrize("by", [-1, 1])
+    @pytest.mark.parametrize("proto", ["tcp", "udp"])
+    def test_shifted_receive_is_caught(self, monkeypatch: pytest.MonkeyPatch, proto: str, by: int) -> None:
+        """Every packet one call early or late: by the truth, and without it by byte sums or the order of stages."""
+        world = simulate(proto=proto, mean_gap_ns=60_000)
+        real = join_module.consume
 
-        def shifted(result, packets, ready_rank, payload_len, calls, woken):  # type: ignore[no-untyped-def]
-            real(result, packets, ready_rank, payload_len, calls, np.where(woken >= 0, woken + 1, woken))
+        def shifted(*args: Any) -> Any:
+            taken = real(*args)
+            moved = np.clip(taken.receive + by, -1, taken.receives.n - 1)
+            taken.receive = np.where(taken.receive >= 0, moved, -1)
+            return taken
 
-        monkeypatch.setattr(queues, "_consume_queue", shifted)
+        monkeypatch.setattr(join_module, "consume", shifted)
         joined = run(world)
-        assert wrong(joined, world).any() or joined.verdict != "trusted"
+        assert wrong(joined, world).sum() > 100
+        assert joined.verdict != "trusted"
+
+    def test_two_swapped_in_one_receive_are_caught(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Two packets that exchange their copies: by the truth, packet by packet."""
+        world = simulate(mean_gap_ns=2_000, work_ns=20_000)
+        real = join_module.consume
+
+        def swapped(*args: Any) -> Any:
+            taken = real(*args)
+            one = int(np.flatnonzero(np.diff(taken.receive) == 0)[0])
+            taken.first_copy[[one, one + 1]] = taken.first_copy[[one + 1, one]]
+            return taken
+
+        assert not wrong(run(world), world).any()
+        monkeypatch.setattr(join_module, "consume", swapped)
+        joined = run(world)
+        assert wrong(joined, world).sum() == 2
+        assert joined.gates["copies"]["violations"] == 2
+        assert joined.verdict != "trusted"
 
     def test_ignored_generations_are_caught(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Links that reach into an address's next life run against the stage order, which the gate counts."""
-        from rxlab.follow import kernelpath
-
-        world = simulate(n_addresses=3, mean_gap_ns=60_000, lost_share=0.2)
-        honest = run(world).gates["order"]["violations"]
-        monkeypatch.setattr(
-            kernelpath, "_end_of_life", lambda receive, events: np.full(receive.n, np.iinfo(np.int64).max)
-        )
+        world = simulate(n_addresses=3, mean_gap_ns=60_000, drop_share=0.0, merge_share=0.3)
+        assert run(world).gates["order"]["violations"] == 0
+        monkeypatch.setattr(kernelpath, "_end_of_life", lambda receive, events: np.full(receive.n, 2**62))
         broken = run(world)
-        assert broken.gates["order"]["violations"] >= honest + 20
+        assert wrong(broken, world).any() or broken.gates["order"]["violations"] > 20
         assert broken.verdict != "trusted"
+
+    def test_loss_taken_for_silence_is_caught(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A join that ignores where events were lost is wrong, by the truth."""
+        world = simulate(lost_share=0.3, n=600, n_addresses=64, mean_gap_ns=8_000)
+        assert not wrong(run(world), world).any()
+        nothing = np.empty((0, 4), np.int64)
+        silent = lambda events, lost, records: (NOTHING_HIDDEN, NOTHING_HIDDEN, nothing)  # noqa: E731
+        monkeypatch.setattr(join_module, "hidden_windows", silent)
+        assert wrong(run(world), world).any()

@@ -303,7 +303,7 @@ def join_recordings(perf: str | os.PathLike[str], pcap: str | os.PathLike[str], 
     clock, iface, macs = align_recordings(events.events, packets, iface=iface, perf_clock=clock_name)
     lost = sum(events.lost["count"].tolist())
     damage = damage_of(events, packets)
-    return join(events.events, packets, clock, Machine(iface, macs), lost=lost, damage=damage)
+    return join(events.events, packets, clock, Machine(iface, macs), lost=lost, lost_records=events.lost, damage=damage)
 
 
 def analyze_recordings(

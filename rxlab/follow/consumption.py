@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from rxlab.follow.asof import AsOf, pick
+from rxlab.follow.hidden import Hidden
 from rxlab.follow.kernelpath import event_columns, task_ids
 from rxlab.read.columns import Columns
 
@@ -29,6 +30,10 @@ class Segments:
     length : int64 array
         Payload bytes.
     is_tcp, is_udp : bool arrays
+    arrival : int64 array, nanoseconds of CLOCK_MONOTONIC
+        Before this nobody can have read the packet.
+    is_repeat : bool array
+        All of its bytes (TCP) had come before; it owns none.
     """
 
     skb: np.ndarray
@@ -37,6 +42,8 @@ class Segments:
     length: np.ndarray
     is_tcp: np.ndarray
     is_udp: np.ndarray
+    arrival: np.ndarray
+    is_repeat: np.ndarray
 
 
 @dataclass
@@ -82,7 +89,7 @@ def unwrap_sequence(seq: np.ndarray) -> np.ndarray:
     return int(seq[0]) + np.concatenate(([0], np.cumsum(step)))
 
 
-def receive_events(events: Mapping[str, Columns]) -> tuple[Columns, Columns]:
+def receive_events(events: Mapping[str, Columns], hidden: Hidden) -> tuple[Columns, Columns]:
     """Return the copies (each with the call that follows it) and the receive calls on IPv4 and IPv6 sockets."""
     receives = event_columns(events, "sock:sock_recv_length")
     if "family" in receives:
@@ -90,32 +97,37 @@ def receive_events(events: Mapping[str, Columns]) -> tuple[Columns, Columns]:
     copies = event_columns(events, "skb:skb_copy_datagram_iovec")
     calls = AsOf(receives["rank"], receives["tid"])
     call = calls.first_after(copies["rank"], copies["tid"])
-    copies = copies.with_columns(call=call, doubtful=_doubtful_calls(events, copies, receives, call))
+    copies = copies.with_columns(call=call, doubtful=_doubtful_calls(events, copies, receives, call, hidden))
     if not receives.n:
         return copies, receives
     # A peek copies what a later call copies again.
     return copies.take((pick(receives["flags"].astype(np.int64), call, 0) & MSG_PEEK) == 0), receives
 
 
-def _doubtful_calls(events: Mapping[str, Columns], copies: Columns, receives: Columns, call: np.ndarray) -> np.ndarray:
+def _doubtful_calls(
+    events: Mapping[str, Columns], copies: Columns, receives: Columns, call: np.ndarray, hidden: Hidden
+) -> np.ndarray:
     """Tell which copies cannot be told to belong to the receive call that follows them.
 
     A call returns what it copied. Where the sums differ an event is missing: either a copy, or the end of the call the copy
-    really belonged to, which would hand its packets to a later one. A task that slept between the two was not in that call.
+    really belonged to, which would hand its packets to a later one. A task that slept between the two was not in that call,
+    and where events may be missing between the two the copy may be an earlier call's.
     """
     if not copies.n or not receives.n:
         return call < 0
     sums = np.bincount(call[call >= 0], weights=copies["len"][call >= 0], minlength=receives.n).astype(np.int64)
     differs = sums != np.maximum(receives["ret"], 0)
     switch = event_columns(events, "sched:sched_switch")
-    asleep = switch.take(_sleeps(switch))
+    asleep = switch.take(sleeps(switch))
     slept = AsOf(asleep["rank"], task_ids(asleep, "prev_pid"))
     returned = pick(receives["rank"], call, -1)
     sleep_rank = slept.rank_of(slept.last_before(returned, copies["tid"].astype(np.int64)), -1)
-    return (call < 0) | pick(differs, call, 0) | (sleep_rank > copies["rank"])
+    doubtful = (call < 0) | pick(differs, call, 0) | (sleep_rank > copies["rank"])
+    end, cpu = pick(receives["time"], call, 0), pick(receives["cpu"], call, -1)
+    return doubtful | hidden.touch(copies["time"], end, copies["cpu"]) | hidden.touch(copies["time"], end, cpu)
 
 
-def _sleeps(switch: Columns) -> np.ndarray:
+def sleeps(switch: Columns) -> np.ndarray:
     """Tell which task switches are sleeps: any state but running (0, with TASK_REPORT_MAX, 0x100, for a preemption)."""
     if "prev_state" not in switch:
         return np.ones(switch.n, bool)

@@ -13,30 +13,6 @@ from rxlab.read.columns import Columns
 from rxlab.stages import ORDER, PATH_KINDS, STAGE_INDEX
 
 
-def blind_windows(events: Mapping[str, Columns]) -> np.ndarray:
-    """Find the windows in which perf delivered nothing on a CPU, without a LOST record.
-
-    On each CPU the task a ``sched_switch`` switches away from must be the one the previous switch chose; each break brackets a
-    window in which switches happened unseen. Seen on Linux 6.18: whole tasks are blind, every entry of them breaks the chain
-    and none of any other task; the kernel keeps perf's recursion counters in the task (task_struct.perf_recursion, since
-    6.11), where a count that leaked would do just that (not proven).
-
-    Returns
-    -------
-    int64 array, dims (window, 4)
-        CPU, tid of the task entered, first and last instant in nanoseconds of CLOCK_MONOTONIC.
-    """
-    switch = event_columns(events, "sched:sched_switch")
-    if not switch.n:
-        return np.empty((0, 4), np.int64)
-    order = np.lexsort((switch["rank"], switch["cpu"]))
-    cpu, time = switch["cpu"][order], switch["time"][order]
-    broken = (cpu[1:] == cpu[:-1]) & (switch["prev_pid"][order][1:] != switch["next_pid"][order][:-1])
-    at = np.flatnonzero(broken)
-    entered = switch["next_pid"][order][at].astype(np.int64)
-    return np.stack([cpu[at].astype(np.int64), entered, time[at], time[at + 1]], axis=1)
-
-
 def blind_tasks(events: Mapping[str, Columns], windows: np.ndarray) -> dict[str, int]:
     """Return the names of the tasks whose running hid events, with the number of windows each opened."""
     switch = event_columns(events, "sched:sched_switch")

@@ -19,27 +19,34 @@ from rxlab.follow import gates
 from rxlab.follow.asof import AsOf, pick
 from rxlab.follow.clockfit import NAT, RESIDUAL_QUANTILES, ClockMap
 from rxlab.follow.consumption import Consumption, Segments, receive_events, unwrap_sequence
+from rxlab.follow.hidden import Hidden, hidden_windows
 from rxlab.follow.kernelpath import KernelPath, event_columns, follow_kernel
 from rxlab.follow.match import STALL_NS, TOLERANCE_NS, Matched, classify_stamp, match_by_flow
 from rxlab.follow.queues import consume_datagrams
+from rxlab.follow.repeats import covered_segments
 from rxlab.follow.stagetable import StageTable
 from rxlab.follow.status import (
     FLAGGED,
     NOT_COUNTED,
     TCP,
+    TRUSTED,
     UDP,
     Evidence,
+    drop_reasons,
     give_statuses,
     recorded_stages,
     required_stages,
 )
+from rxlab.follow.streambounds import confirm_streams
 from rxlab.follow.streams import consume_streams
-from rxlab.follow.wake import Wake, attribute
+from rxlab.follow.wake import Since, Wake, attribute, first_wakes
 from rxlab.read.columns import Columns
 from rxlab.stages import ORDER, PATH_KINDS, STAGE_INDEX, STATUSES
 
 _RX = STAGE_INDEX["netif_receive_skb"]
 MAX_FLAGGED = 0.01
+# How long after netif_receive_skb a tap stamps at most where lost events leave it open.
+LOSSY_TAP_NS = 20_000
 # tcpdump runs a little longer than perf: some of a live capture's packets always lie outside.
 MAX_OUTSIDE = 0.25
 
@@ -96,6 +103,7 @@ def join(
     machine: Machine,
     *,
     lost: int = 0,
+    lost_records: Columns | None = None,
     damage: tuple[str, ...] = (),
 ) -> Joined:
     """Join kernel events and captured packets.
@@ -111,6 +119,8 @@ def join(
     machine : Machine
     lost : int
         Events perf reported as lost.
+    lost_records : Columns, optional
+        ``PerfData.lost``: where they were lost. Without, anything may be missing anywhere.
     damage : tuple of str
         What is known to be missing from the files themselves; a damaged run is never trusted.
 
@@ -126,21 +136,27 @@ def join(
             do="Record again with --events min, std or full.",
         )
     received, flows = _received(packets, machine)
-    path = follow_kernel(events, machine.iface, machine.irqs)
+    hidden, lossy, blind = hidden_windows(events, lost, lost_records)
+    path = follow_kernel(events, machine.iface, machine.irqs, lossy)
     stamp = clock.to_monotonic(received["time"])
-    clock, matched = _match(path, received, stamp, clock)
+    clock, matched = _match(path, received, stamp, clock, lossy)
     skb = matched.event
+    arrival = np.where(skb >= 0, pick(path.time[:, _RX], skb, NAT), stamp - _tolerance(clock))
     position = _positions(received)
     is_tcp, is_udp = received["proto"] == TCP, received["proto"] == UDP
     payload = np.maximum(received["payload_len"].astype(np.int64), 0)
-    taken = consume(events, path, Segments(skb, received["directed_flow"], position, payload, is_tcp, is_udp))
+    reason, reasons = drop_reasons(events, path, skb)
+    flow = received["directed_flow"].astype(np.int64)
+    repeat = covered_segments(flow, position, np.where(is_tcp, payload, 0), arrival, reason > 0)
+    segments = Segments(skb, received["directed_flow"], position, payload, is_tcp, is_udp, arrival, repeat)
+    taken = consume(events, path, segments, hidden, lossy)
     rows = path.take(skb)
     if clock.method == "cross_stamps":
         rows.time[:, STAGE_INDEX["nic"]] = np.where(skb >= 0, stamp, NAT)
-    tid, wake = _join_reader(rows, events, path, skb, taken)
+    tid, wake = _join_reader(rows, events, path, skb, taken, lossy)
     columns = _columns(received, path, skb, tid, wake, rows, events)
     columns = columns.with_columns(position=position, is_data=(payload > 0) & (is_tcp | is_udp))
-    return _judge(rows, columns, flows, Evidence(events, path, matched, taken, clock, stamp, lost, damage))
+    return _judge(rows, columns, flows, Evidence(events, path, matched, taken, clock, stamp, lost, lossy, blind, repeat, (reason, reasons), damage))
 
 
 def _received(packets: Columns, machine: Machine) -> tuple[Columns, Columns]:
@@ -204,7 +220,14 @@ def _positions(received: Columns) -> np.ndarray:
     return position
 
 
-def _match(path: KernelPath, received: Columns, stamp: np.ndarray, clock: ClockMap) -> tuple[ClockMap, Matched]:
+def _tolerance(clock: ClockMap) -> int:
+    """Return by how much a stamp and an event's time may disagree, ns."""
+    return max(TOLERANCE_NS, int(clock.bound_ns))
+
+
+def _match(
+    path: KernelPath, received: Columns, stamp: np.ndarray, clock: ClockMap, lossy: Hidden
+) -> tuple[ClockMap, Matched]:
     """Classify the stamp position and match packets to skbs in the windows that follow from it."""
     columns = path.columns
     rx_time, drv_time = path.time[:, _RX], path.time[:, STAGE_INDEX["driver_rx"]]
@@ -221,7 +244,7 @@ def _match(path: KernelPath, received: Columns, stamp: np.ndarray, clock: ClockM
         rx_time,
         columns["len"],
     )
-    tolerance = max(TOLERANCE_NS, int(clock.bound_ns))
+    tolerance = _tolerance(clock)
     if clock.method == "cross_stamps":
         # The readings say whose stamp it is: however soon the kernel follows, it is the NIC's.
         position = "nic"
@@ -232,7 +255,7 @@ def _match(path: KernelPath, received: Columns, stamp: np.ndarray, clock: ClockM
         is_napi = columns["path_kind"] == PATH_KINDS.index("napi")
         expected = np.where(has_driver & ~is_napi, columns["stamp_low"], rx_time)
     elif position == "tap":
-        low, high = rx_time - tolerance, _tap_limit(path) + tolerance
+        low, high = rx_time - tolerance, _tap_limit(path, lossy) + tolerance
         expected = rx_time
     else:
         first = path.first_event()
@@ -240,15 +263,16 @@ def _match(path: KernelPath, received: Columns, stamp: np.ndarray, clock: ClockM
     # Two queues' polls overlap: what one driver got first it may hand up last. Each such window ends where its skb goes on.
     overtaking = has_driver if position == "bracket" else None
     matched = match_by_flow(
-        stamp, length, low, high, columns["len"], expected, overtaking, received["directed_flow"], columns["hash"]
-    )
+        stamp, length, low, high, columns["len"], expected, overtaking, received["directed_flow"], columns["hash"],
+        may_miss=lossy.any,
+    )  # fmt: skip
     found = matched.event >= 0
     residual = stamp[found] - expected[matched.event[found]]
     quantiles = {q: float(np.quantile(residual, q)) for q in RESIDUAL_QUANTILES} if found.any() else {}
     return replace(clock, stamp_position=position, stamp_evidence=evidence, residual=quantiles), matched
 
 
-def _tap_limit(path: KernelPath) -> np.ndarray:
+def _tap_limit(path: KernelPath, lossy: Hidden) -> np.ndarray:
     """Return until when a tap stamp of each skb can come: before the CPU's next skb, and before its own next stage."""
     rx_time, cpu, rank = path.time[:, _RX], path.cpu[:, _RX], path.rank[:, _RX]
     index = AsOf(rank, cpu)
@@ -257,21 +281,33 @@ def _tap_limit(path: KernelPath) -> np.ndarray:
     for stage in ("tcp_rcv", "data_ready"):
         time = path.time[:, STAGE_INDEX[stage]]
         limit = np.where(time != NAT, np.minimum(limit, time), limit)
+    # Where the next events may be missing they limit nothing.
+    limit = np.where(lossy.touch(rx_time, limit, cpu), np.minimum(limit, rx_time + LOSSY_TAP_NS), limit)
     return np.minimum(limit, rx_time + STALL_NS)
 
 
-def consume(events: Mapping[str, Columns], path: KernelPath, segments: Segments) -> Consumption:
+def consume(
+    events: Mapping[str, Columns], path: KernelPath, segments: Segments, hidden: Hidden, lossy: Hidden
+) -> Consumption:
     """Find for each packet the copy and the receive call that took its bytes."""
-    copies, receives = receive_events(events)
+    copies, receives = receive_events(events, lossy)
     result = Consumption.blank(len(segments.skb), copies, receives)
     if receives.n:
-        consume_streams(result, path, segments)
-        consume_datagrams(result, events, path, segments)
+        links = consume_streams(result, path, segments)
+        if links is not None and (lossy.any or result.anchors_disagree.any()):
+            wakes = first_wakes(events, path, segments.skb, lossy)
+            confirm_streams(result, path, segments, links, wakes, lossy)
+        consume_datagrams(result, events, path, segments, hidden, lossy)
     return result
 
 
 def _join_reader(
-    rows: StageTable, events: Mapping[str, Columns], path: KernelPath, skb: np.ndarray, taken: Consumption
+    rows: StageTable,
+    events: Mapping[str, Columns],
+    path: KernelPath,
+    skb: np.ndarray,
+    taken: Consumption,
+    lossy: Hidden,
 ) -> tuple[np.ndarray, Wake]:
     """Fill the stages from the wake-up to the return of the receive call."""
     copies, receives = taken.copies, taken.receives
@@ -280,6 +316,11 @@ def _join_reader(
     tid = pick(receives["tid"].astype(np.int64), taken.receive, -1)
     copy_rank, recv_rank = rows.rank[:, STAGE_INDEX["copy"]], rows.rank[:, STAGE_INDEX["recvmsg"]]
     consumed = np.where(copy_rank >= 0, copy_rank, recv_rank)
+    consumed_at = np.where(copy_rank >= 0, rows.time[:, STAGE_INDEX["copy"]], rows.time[:, STAGE_INDEX["recvmsg"]])
+    for stage in ("tcp_rcv", "data_ready"):
+        # After its own bytes were copied the skb is another packet's, whose beginning nobody saw.
+        at = STAGE_INDEX[stage]
+        rows.unset(stage, (copy_rank >= 0) & (rows.rank[:, at] > copy_rank))
     ready = STAGE_INDEX["data_ready"]
     last = np.where(
         rows.rank[:, ready] >= 0,
@@ -288,7 +329,8 @@ def _join_reader(
     )
     every = np.arange(len(tid))
     limit = np.where((rows.rank[:, ready] >= 0) & (skb >= 0), pick(path.columns["wake_limit"], skb, 0), 0)
-    wake = attribute(events, tid, rows.rank[every, last], rows.cpu[every, last].astype(np.int64), limit, consumed)
+    since = Since(rows.time[every, last], rows.rank[every, last], rows.cpu[every, last].astype(np.int64), limit)
+    wake = attribute(events, tid, since, consumed, consumed_at, lossy)
     for stage, row in (("waking", wake.waking), ("wakeup", wake.wakeup), ("switch_in", wake.switch_in)):
         name = "switch" if stage == "switch_in" else stage
         rows.set_stage(stage, event_columns(events, f"sched:sched_{name}"), row)
@@ -369,7 +411,8 @@ def _judge(rows: StageTable, columns: Columns, flows: Columns, evidence: Evidenc
         False  # the NIC's stamp is no stage of the kernel: nic_latency is measured from it, total_latency is not
     )
     t0 = np.where(seen.any(axis=1), time_order[np.arange(columns.n), seen.argmax(axis=1)], -1).astype(np.int8)
-    columns = columns.with_columns(status=status, drop_reason=drop_reason, t0_stage=t0)
+    trusted = columns["is_data"] & rows.seen("recvmsg") & np.isin(np.asarray(STATUSES)[status], TRUSTED)
+    columns = columns.with_columns(status=status, drop_reason=drop_reason, t0_stage=t0, trusted=trusted)
     columns.attrs["categories"]["drop_reason"] = reasons_table
     joined = Joined(rows.time, rows.cpu, columns, flows, _coverage(required, rows.time, columns), evidence.clock)
     _gate(joined, evidence)
@@ -399,7 +442,7 @@ def _gate(joined: Joined, evidence: Evidence) -> None:
     counted = columns["is_data"] & ~np.isin(names, NOT_COUNTED)
     flagged = counted & np.isin(names, FLAGGED)
     n, in_doubt = int(counted.sum()), int(taken.anchors_disagree.sum())
-    windows = gates.blind_windows(evidence.events)
+    windows = evidence.blind
     consumed = (joined.time[:, STAGE_INDEX["recvmsg"]] != NAT) & (columns["payload_len"] > 0)
     fraction = float(flagged.sum() / n) if n else 0.0
     joined.gates = {

@@ -14,6 +14,7 @@ import numpy as np
 
 from rxlab.follow.asof import AsOf, pick
 from rxlab.follow.clockfit import NAT
+from rxlab.follow.hidden import NOTHING_HIDDEN, Hidden
 from rxlab.follow.stagetable import StageTable
 from rxlab.read.columns import Columns
 from rxlab.stages import PATH_KINDS, STAGE_INDEX
@@ -88,7 +89,12 @@ def on_device(columns: Columns, iface: str) -> Columns:
     return columns.take(np.isin(columns["name"], wanted))
 
 
-def follow_kernel(events: Mapping[str, Columns], iface: str, irqs: Mapping[int, int] | None = None) -> KernelPath:
+def follow_kernel(
+    events: Mapping[str, Columns],
+    iface: str,
+    irqs: Mapping[int, int] | None = None,
+    hidden: Hidden = NOTHING_HIDDEN,
+) -> KernelPath:
     """Follow every skb that entered the stack on an interface up to ``sk_data_ready``.
 
     Parameters
@@ -99,6 +105,8 @@ def follow_kernel(events: Mapping[str, Columns], iface: str, irqs: Mapping[int, 
         Device name. It is not unique across network namespaces; the match with the pcap tells the rest apart.
     irqs : mapping of int to int, optional
         Interrupt number of each receive queue; empty for devices without (veth, lo).
+    hidden : Hidden
+        Where events may be missing: links that reach across are not made.
     """
     receive = on_device(event_columns(events, "net:netif_receive_skb"), iface)
     n = receive.n
@@ -110,17 +118,17 @@ def follow_kernel(events: Mapping[str, Columns], iface: str, irqs: Mapping[int, 
         path.columns = path.columns.with_columns(**{name: np.empty(0, np.int64) for name in _COLUMN_NAMES})
         return path
     path.columns = path.columns.with_columns(
-        end_rank=_end_of_life(receive, events), **_link_driver(path, receive, events, iface)
+        end_rank=_end_of_life(receive, events), **_link_driver(path, receive, events, iface, hidden)
     )
-    _link_softirq(path, events, irqs or {})
-    _link_rps(path, events)
-    _link_socket(path, events)
+    _link_softirq(path, events, irqs or {}, hidden)
+    _link_rps(path, events, hidden)
+    _link_socket(path, events, hidden)
     return path
 
 
 _COLUMN_NAMES = (
     "end_rank", "path_kind", "rps_cpu", "rx_queue", "hash", "socket", "sport", "dport", "probe_len", "gso_size",
-    "snd_una", "wake_limit", "stamp_low", "stamp_high",
+    "snd_una", "ready_tid", "wake_limit", "stamp_low", "stamp_high",
 )  # fmt: skip
 
 
@@ -135,7 +143,7 @@ def _end_of_life(receive: Columns, events: Mapping[str, Columns]) -> np.ndarray:
 
 
 def _link_driver(
-    path: KernelPath, receive: Columns, events: Mapping[str, Columns], iface: str
+    path: KernelPath, receive: Columns, events: Mapping[str, Columns], iface: str, hidden: Hidden
 ) -> dict[str, np.ndarray]:
     """Link each skb to the event by which the driver handed it up; tells path kind, queue, hash and the stamp's window."""
     n = receive.n
@@ -148,6 +156,7 @@ def _link_driver(
     facts = {name: np.full(n, -1, np.int64) for name in ("rx_queue", "hash", "gso_size")}
     best = np.full(n, -1, np.int64)
     handed_over = np.full(n, NAT, np.int64)
+    has_entry = event_columns(events, "net:netif_rx_entry").n > 0
     for name, label in (
         ("net:netif_rx", "backlog"),
         ("net:netif_rx_entry", "backlog"),
@@ -159,11 +168,16 @@ def _link_driver(
         index = AsOf(found["rank"], _field(found, "skbaddr", np.uint64))
         row = index.last_before(receive["rank"], address)
         rank = index.rank_of(row, -1)
-        row = np.where(rank > previous, row, -1)
+        # An earlier life of the address that nobody saw end would lend its own start.
+        row = np.where((rank > previous) & ~hidden.touch(pick(found["time"], row, NAT), receive["time"]), row, -1)
         if name == "net:netif_rx":
             handed_over = pick(found["time"], row, NAT)
         # netif_rx_entry precedes netif_rx of the same call and is the better start.
         use = (row >= 0) & ((best < 0) | (label == "napi") | (name == "net:netif_rx_entry"))
+        if name == "net:netif_rx" and has_entry:
+            # A packet whose entry was lost has no start: the later event of the same call is no substitute for it.
+            kind[use] = PATH_KINDS.index(label)
+            continue
         best = np.where(use, rank, best)
         kind[use] = PATH_KINDS.index(label)
         at = STAGE_INDEX["driver_rx"]
@@ -175,7 +189,8 @@ def _link_driver(
                 facts[fact][use] = found[field][row[use]]
     # skb_record_rx_queue() stores queue + 1, so 0 means "not recorded" (include/linux/skbuff.h).
     facts["rx_queue"] = np.where(facts["rx_queue"] > 0, facts["rx_queue"] - 1, -1)
-    moved = (kind > 0) & (path.cpu[:, STAGE_INDEX["driver_rx"]] != path.cpu[:, STAGE_INDEX["netif_receive_skb"]])
+    entered_on = path.cpu[:, STAGE_INDEX["driver_rx"]]
+    moved = (kind > 0) & (entered_on >= 0) & (entered_on != path.cpu[:, STAGE_INDEX["netif_receive_skb"]])
     kind[moved] += 1
     assert PATH_KINDS[1:5] == ("napi", "napi_rps", "backlog", "backlog_rps")
     entry = path.time[:, STAGE_INDEX["driver_rx"]]
@@ -189,7 +204,9 @@ def _link_driver(
     }
 
 
-def _link_softirq(path: KernelPath, events: Mapping[str, Columns], irqs: Mapping[int, int]) -> None:
+def _link_softirq(
+    path: KernelPath, events: Mapping[str, Columns], irqs: Mapping[int, int], hidden: Hidden
+) -> None:
     """Link hard IRQ, NET_RX raise and softirq entry on the CPU where the packet entered the host."""
     entries, raises = (_net_rx(event_columns(events, name)) for name in ("irq:softirq_entry", "irq:softirq_raise"))
     rx, drv = STAGE_INDEX["netif_receive_skb"], STAGE_INDEX["driver_rx"]
@@ -203,6 +220,11 @@ def _link_softirq(path: KernelPath, events: Mapping[str, Columns], irqs: Mapping
     after = index.first_after(path.rank[:, drv], cpu)
     after = np.where(index.rank_of(after, _NEVER) < path.rank[:, rx], after, -1)
     row = np.where(is_backlog, after, polled_in)
+    # Without its driver event (lost) it is not known on which CPU a packet entered; where none was recorded it is assumed.
+    row = np.where(has_driver | (not any(event_columns(events, name).n for name in BIRTHS[1:4])), row, -1)
+    entered = pick(entries["time"], row, NAT)
+    start = path.time[:, drv]
+    row = np.where(hidden.touch(np.minimum(entered, start), np.maximum(entered, start), cpu), -1, row)
     previous = index.last_before(index.rank_of(row, -1), cpu)
     path.set_stage("softirq", entries, row)
     raised = AsOf(raises["rank"], raises["cpu"])
@@ -211,6 +233,7 @@ def _link_softirq(path: KernelPath, events: Mapping[str, Columns], irqs: Mapping
     first = raised.first_after(np.where(previous >= 0, index.rank_of(previous, -1), 0), cpu, inclusive=True)
     first_rank = raised.rank_of(first, _NEVER)
     usable = (row >= 0) & (first_rank < index.rank_of(row, -1)) & (~is_backlog | (first_rank > path.rank[:, drv]))
+    usable &= ~hidden.touch(pick(entries["time"], previous, NAT), entered, cpu)
     first = np.where(usable, first, -1)
     path.set_stage("softirq_raise", raises, first)
     handlers = event_columns(events, "irq:irq_handler_entry")
@@ -220,6 +243,7 @@ def _link_softirq(path: KernelPath, events: Mapping[str, Columns], irqs: Mapping
     since, until = index.rank_of(previous, 0), index.rank_of(row, -1)
     hard = _handler_of(handlers, path.columns["rx_queue"], irqs, cpu, since, np.minimum(until, first_rank))
     hard = np.where(pick(handlers["rank"], hard, _NEVER) < until, hard, -1)
+    hard = np.where(hidden.touch(pick(handlers["time"], hard, NAT), entered, cpu), -1, hard)
     path.set_stage("hardirq", handlers, hard)
     # Another queue's interrupt may have raised the softirq already; this packet's NAPI was scheduled by its own.
     own = raised.first_after(pick(handlers["rank"], hard, -1), cpu)
@@ -256,7 +280,7 @@ def _net_rx(columns: Columns) -> Columns:
     return columns.take(columns["vec"] == 3) if "vec" in columns else columns
 
 
-def _link_rps(path: KernelPath, events: Mapping[str, Columns]) -> None:
+def _link_rps(path: KernelPath, events: Mapping[str, Columns], hidden: Hidden) -> None:
     """Link packets that RPS/RFS moved to the arrival of their IPI on the target CPU.
 
     ``csd_queue_cpu(cpu, func, csd)`` on the entry CPU, then ``csd_function_entry(func, csd)`` on the target. The function is a
@@ -281,12 +305,20 @@ def _link_rps(path: KernelPath, events: Mapping[str, Columns]) -> None:
     arrivals = AsOf(entered["rank"], entered["cpu"], _field(entered, "csd", np.uint64))
     row = arrivals.first_after(sends.rank_of(send, -1), path.cpu[moved, rx], csd)
     good = (row >= 0) & (func == values[np.argmax(counts)]) & (arrivals.rank_of(row, _NEVER) < path.rank[moved, rx])
+    sent, arrived = pick(queued["time"], send, NAT), pick(entered["time"], row, NAT)
+    good &= ~hidden.touch(path.time[moved, drv], sent, path.cpu[moved, drv])
+    good &= ~hidden.touch(sent, arrived, path.cpu[moved, rx])
     every = np.full(len(path.rank), -1, np.int64)
     every[moved] = np.where(good, row, -1)
     path.set_stage("rps_ipi", entered, every)
+    # netif_rx from within a running NET_RX softirq: that softirq sends the IPI at its end, and the next one is not this packet's.
+    ipi = STAGE_INDEX["rps_ipi"]
+    for stage in ("softirq_raise", "softirq"):
+        later = (path.time[:, ipi] != NAT) & (path.time[:, STAGE_INDEX[stage]] > path.time[:, ipi])
+        path.unset(stage, later)
 
 
-def _link_socket(path: KernelPath, events: Mapping[str, Columns]) -> None:
+def _link_socket(path: KernelPath, events: Mapping[str, Columns], hidden: Hidden) -> None:
     """Link tcp_probe by (skbaddr, generation): it names socket and ports."""
     probes = event_columns(events, "tcp:tcp_probe")
     probe = np.full(len(path.rank), -1, np.int64)
@@ -294,6 +326,7 @@ def _link_socket(path: KernelPath, events: Mapping[str, Columns]) -> None:
         index = AsOf(probes["rank"], _field(probes, "skbaddr", np.uint64))
         probe = index.first_after(path.rank[:, STAGE_INDEX["netif_receive_skb"]], path.columns["skbaddr"])
         probe = np.where(index.rank_of(probe, _NEVER) < path.columns["end_rank"], probe, -1)
+        probe = np.where(_touched(path, probes, probe, "netif_receive_skb", hidden), -1, probe)
     path.set_stage("tcp_rcv", probes, probe)
     path.columns = path.columns.with_columns(
         socket=pick(_field(probes, "skaddr", np.uint64), probe, 0),
@@ -302,10 +335,17 @@ def _link_socket(path: KernelPath, events: Mapping[str, Columns]) -> None:
         probe_len=pick(_field(probes, "data_len", np.int64), probe, -1),
         snd_una=pick(_field(probes, "snd_una", np.int64), probe, -1),
     )
-    _link_data_ready(path, events, probes)
+    _link_data_ready(path, events, probes, hidden)
 
 
-def _link_data_ready(path: KernelPath, events: Mapping[str, Columns], probes: Columns) -> None:
+def _touched(path: KernelPath, events: Columns, row: np.ndarray, since: str, hidden: Hidden) -> np.ndarray:
+    """Tell for each link from an earlier stage to an event whether other events may be missing between, on either's CPU."""
+    at = STAGE_INDEX[since]
+    start, end = path.time[:, at], pick(events["time"], row, NAT)
+    return hidden.touch(start, end, path.cpu[:, at]) | hidden.touch(start, end, pick(events["cpu"], row, -1))
+
+
+def _link_data_ready(path: KernelPath, events: Mapping[str, Columns], probes: Columns, hidden: Hidden) -> None:
     """Link sk_data_ready on the CPU that queued the data, and tell until when a wake-up there is this packet's."""
     ready = event_columns(events, "sock:sk_data_ready")
     everything = event_columns(events, "net:netif_receive_skb")
@@ -331,10 +371,13 @@ def _link_data_ready(path: KernelPath, events: Mapping[str, Columns], probes: Co
             following = AsOf(everything["rank"], everything["cpu"])
             limit = following.rank_of(following.first_after(start, cpu), _NEVER)
         found = np.where(wanted & (index.rank_of(found, _NEVER) < limit), found, -1)
+        since = "tcp_rcv" if protocol == 6 else "netif_receive_skb"
+        found = np.where(_touched(path, mine, found, since, hidden), -1, found)
         row = np.where(found >= 0, pick(rows, found, -1), row)
     path.set_stage("data_ready", ready, row)
     path.columns = path.columns.with_columns(
         socket=np.where(row >= 0, pick(_field(ready, "skaddr", np.uint64), row, 0), socket).astype(np.uint64),
+        ready_tid=pick(ready["tid"].astype(np.int64), row, -1),
         wake_limit=_wake_limit(path, (everything, probes, ready)),
     )
 

@@ -109,6 +109,8 @@ def match_packets(
     event_len: np.ndarray,
     event_time: np.ndarray,
     may_overtake: np.ndarray | None = None,
+    *,
+    may_miss: bool = False,
 ) -> Matched:
     """Assign packets to events, order-preserving, inside each event's stamp window and with equal lengths.
 
@@ -123,6 +125,8 @@ def match_packets(
         Where it is expected, and the order of the events.
     may_overtake : bool array, dims (event,), optional
         Events whose packet may have been stamped out of this order: what the ordered assignment leaves over is matched again.
+    may_miss : bool
+        Events may be missing: a packet is then ambiguous where its event could be another packet's as well.
     """
     packets = np.argsort(packet_time, kind="stable")
     events = np.argsort(event_time, kind="stable")
@@ -139,6 +143,9 @@ def match_packets(
     if may_overtake is not None:
         left = _Left(stamp, x_len, e_len, event_time[events], first, last)
         ambiguous = left.match(chosen, ambiguous, may_overtake[events])
+    if may_miss:
+        clipped = (last - first) > MAX_CANDIDATES
+        ambiguous = ambiguous | ~_is_forced(x_len, e_len, first, last, clipped, chosen)
     result = np.full(len(packet_time), -1, np.int64)
     result[packets] = np.where(chosen >= 0, events[np.maximum(chosen, 0)], -1)
     flags = np.zeros(len(packet_time), bool)
@@ -156,6 +163,8 @@ def match_by_flow(
     may_overtake: np.ndarray | None,
     flow: np.ndarray,
     flow_hash: np.ndarray,
+    *,
+    may_miss: bool = False,
 ) -> Matched:
     """Assign as :func:`match_packets`, then again by what that taught: which hash each flow has.
 
@@ -170,16 +179,19 @@ def match_by_flow(
         Directed flow, -1 where none.
     flow_hash : int64 array, dims (event,)
         skb->hash as the driver had it; 0 or less where it had none.
+    may_miss : bool
+        As :func:`match_packets`; what only order tells is then ambiguous.
     """
     windows = (window_low, window_high)
-    found = match_packets(packet_time, packet_len, *windows, event_len, event_time, may_overtake)
+    found = match_packets(packet_time, packet_len, *windows, event_len, event_time, may_overtake, may_miss=may_miss)
     group = _flow_groups(found.event, flow, flow_hash)
     if group is None:
         return found
     span = int(max(packet_len.max(initial=0), event_len.max(initial=0))) + 1
     again = match_packets(
-        packet_time, packet_len + span * group[0], *windows, event_len + span * group[1], event_time, may_overtake
-    )
+        packet_time, packet_len + span * group[0], *windows, event_len + span * group[1], event_time, may_overtake,
+        may_miss=may_miss,
+    )  # fmt: skip
     event, ambiguous = again.event.copy(), again.ambiguous.copy()
     # A hash may change (a socket that retransmits takes a new one): what the flows leave over goes by order alone.
     free = np.ones(len(event_time), bool)
@@ -195,7 +207,7 @@ def match_by_flow(
         None if may_overtake is None else may_overtake[events],
     )
     event[packets] = np.where(rest.event >= 0, events[np.maximum(rest.event, 0)], -1) if len(events) else -1
-    ambiguous[packets] = rest.ambiguous
+    ambiguous[packets] = rest.ambiguous | (may_miss & (rest.event >= 0))
     return Matched(event, ambiguous)
 
 
@@ -281,6 +293,35 @@ def _edges_by_packet(x_len, e_len, first, last):
                 event[fill[i]] = j
                 fill[i] += 1
     return start, event
+
+
+@njit(cache=True, nogil=True)
+def _is_forced(x_len, e_len, first, last, clipped, chosen):
+    """Tell which packets have the event they would have in every order-preserving assignment that uses all events.
+
+    All packets were captured, so every event has one; where the earliest and the latest assignment agree there is no other.
+    """
+    n, m = len(x_len), len(e_len)
+    early, late = np.full(m, -1, np.int64), np.full(m, -1, np.int64)
+    free = 0
+    for j in range(m):
+        for i in range(max(first[j], free), last[j]):
+            if x_len[i] == e_len[j]:
+                early[j] = i
+                free = i + 1
+                break
+    free = n
+    for j in range(m - 1, -1, -1):
+        for i in range(min(last[j], free) - 1, first[j] - 1, -1):
+            if x_len[i] == e_len[j]:
+                late[j] = i
+                free = i
+                break
+    forced = np.zeros(n, np.bool_)
+    for i in range(n):
+        j = chosen[i]
+        forced[i] = j < 0 or (early[j] == i and late[j] == i and not clipped[j])
+    return forced
 
 
 @njit(cache=True, nogil=True)

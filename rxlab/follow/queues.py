@@ -1,67 +1,137 @@
 """UDP: a socket is a FIFO. The k-th datagram queued is the k-th received.
 
-Copies of linear UDP skbs have no event, so datagrams are counted; a reader that a datagram woke from its sleep is a fixed point
-of the queue that needs no counting.
+Copies of linear UDP skbs have no event, so datagrams are told by their place in the queue: each call's place lies between bounds
+(bounds.py) from what had arrived, from a reader that found its queue empty, and from a reader that a datagram woke from its sleep.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
 from rxlab.follow.asof import AsOf, pick
-from rxlab.follow.consumption import MSG_PEEK, Consumption, Segments
+from rxlab.follow.bounds import NOWHERE, Calls, close_in
+from rxlab.follow.clockfit import NAT
+from rxlab.follow.consumption import MSG_PEEK, Consumption, Segments, sleeps
+from rxlab.follow.hidden import Hidden
 from rxlab.follow.kernelpath import KernelPath, event_columns, task_ids
+from rxlab.follow.wake import first_wakes
 from rxlab.read.columns import Columns
 from rxlab.stages import STAGE_INDEX
 
-_NEVER = np.iinfo(np.int64).max
+EAGAIN = -11  # include/uapi/asm-generic/errno-base.h
+# How long after netif_receive_skb a datagram is queued, at most, when nothing interrupts it.
+QUEUE_NS = 50_000
+# A socket that nobody read for this long before its first datagram had nothing to read.
+QUIET_NS = 10_000_000
+_RX, _READY = STAGE_INDEX["netif_receive_skb"], STAGE_INDEX["data_ready"]
 
 
-def consume_datagrams(result: Consumption, events: Mapping[str, Columns], path: KernelPath, segments: Segments) -> None:
-    """Join UDP packets to receive calls: first queued, first received, per socket, with equal lengths."""
-    ready, skb, flow, payload_len = STAGE_INDEX["data_ready"], segments.skb, segments.flow, segments.length
-    packets = np.flatnonzero(segments.is_udp & (flow >= 0))
-    ready_rank = pick(path.rank[:, ready], skb[packets], -1)
-    socket = np.where(ready_rank >= 0, pick(path.columns["socket"], skb[packets], 0), 0)
-    packets, ready_rank, socket = _place_unseen(packets, ready_rank, socket, flow, path, skb)
-    receives = result.receives
-    calls = np.flatnonzero((receives["protocol"] != 6) & (receives["ret"] >= 0) & ((receives["flags"] & MSG_PEEK) == 0))
-    queue = np.lexsort((np.arange(len(packets)), socket))
-    packets, ready_rank, socket = packets[queue], ready_rank[queue], socket[queue]
-    call_socket = receives["sk"][calls].astype(np.uint64)
-    calls = calls[np.lexsort((receives["rank"][calls], call_socket))]
-    call_socket = receives["sk"][calls].astype(np.uint64)
-    woken_call = _calls_woken(events, path, skb[packets], ready_rank, receives, calls)
-    for number in np.unique(socket):
-        mine = np.flatnonzero(socket == number)
-        low, high = np.searchsorted(call_socket, [number, number + np.uint64(1)])
-        woken = np.where((woken_call[mine] >= low) & (woken_call[mine] < high), woken_call[mine] - low, -1)
-        _consume_queue(result, packets[mine], ready_rank[mine], payload_len[packets[mine]], calls[low:high], woken)
+@dataclass(frozen=True)
+class Queue:
+    """The datagrams of one socket in the order they were queued; dims (datagram,).
 
-
-def _place_unseen(
-    packets: np.ndarray, ready_rank: np.ndarray, socket: np.ndarray, flow: np.ndarray, path: KernelPath, skb: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Give packets whose events perf did not deliver their place in the queue of their flow's socket.
-
-    A packet that was captured, whose flow feeds one socket only, and that has no event at all was queued there like its
-    neighbours; leaving it out would shift every later datagram by one. One that entered the stack but was never queued was
-    dropped, and has no place.
+    Attributes
+    ----------
+    packet : int64 array
+        Row of the captured packets.
+    ready_rank : int64 array
+        Rank of its data_ready, -1 where that was not seen.
+    arrival : int64 array, nanoseconds of CLOCK_MONOTONIC
+        Before this it cannot have been read.
+    length : int64 array
+        Payload bytes.
+    waking : int64 array
+        Rank of the wake-up its data_ready made, -1 where none; with the task woken in ``woken``.
+    woken : int64 array
     """
+
+    packet: np.ndarray
+    ready_rank: np.ndarray
+    arrival: np.ndarray
+    length: np.ndarray
+    waking: np.ndarray
+    woken: np.ndarray
+
+
+@dataclass(frozen=True)
+class Begun:
+    """When the recording began (ns of CLOCK_MONOTONIC), and the sleeps of all tasks, by task: when each ended no earlier."""
+
+    time: int
+    sleeps: AsOf
+
+
+def _ends_of_sleep(events: Mapping[str, Columns]) -> AsOf:
+    """Return the switch-outs into sleep, by task: a later call of the task began after them."""
+    switch = event_columns(events, "sched:sched_switch")
+    asleep = switch.take(sleeps(switch)) if "prev_state" in switch else switch.take(np.zeros(switch.n, bool))
+    return AsOf(asleep["rank"], task_ids(asleep, "prev_pid"))
+
+
+def consume_datagrams(
+    result: Consumption,
+    events: Mapping[str, Columns],
+    path: KernelPath,
+    segments: Segments,
+    hidden: Hidden,
+    lossy: Hidden,
+) -> None:
+    """Join UDP packets to receive calls: first queued, first received, per socket, with equal lengths.
+
+    Where a task is blind its softirqs are not seen, so datagrams may be missing (`hidden`); the calls of a reader that is
+    not blind itself are all there, except where events were lost (`lossy`).
+    """
+    packets, ready_rank, socket = _queued(path, segments, hidden)
+    order = np.lexsort((np.arange(len(packets)), socket))
+    packets, ready_rank, socket = packets[order], ready_rank[order], socket[order]
+    waking, woken = first_wakes(events, path, np.where(ready_rank >= 0, segments.skb[packets], -1), hidden)
+    receives = result.receives
+    taking = np.flatnonzero((receives["protocol"] != 6) & ((receives["flags"] & MSG_PEEK) == 0))
+    taking = taking[np.lexsort((receives["rank"][taking], receives["sk"][taking].astype(np.uint64)))]
+    call_socket = receives["sk"][taking].astype(np.uint64)
+    first_seen = min((int(columns["time"].min()) for columns in events.values() if columns.n), default=0)
+    begun = Begun(first_seen, _ends_of_sleep(events))
+    edges = np.flatnonzero(np.concatenate(([True], socket[1:] != socket[:-1], [True]))) if len(socket) else [0]
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        first, stop = np.searchsorted(call_socket, [socket[low], socket[low] + np.uint64(1)])
+        mine = slice(low, high)
+        rows = packets[mine]
+        queue = Queue(
+            rows, ready_rank[mine], segments.arrival[rows], segments.length[rows], waking[mine], woken[mine]
+        )
+        _consume_queue(result, queue, taking[first:stop], begun, lossy)
+    _doubt_crossed(result, path, segments, packets, socket)
+
+
+def _queued(path: KernelPath, segments: Segments, hidden: Hidden) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the packets that were, or may have been, queued: row, rank of data_ready (-1: not seen) and socket, in queue order.
+
+    A packet that was captured and whose flow feeds one socket only may have been queued there although perf did not deliver
+    its events; leaving it out would shift every later datagram by one. One that entered the stack and was not
+    queued, with nothing hidden, was dropped and has no place.
+    """
+    skb, flow = segments.skb, segments.flow
+    packets = np.flatnonzero(segments.is_udp & (flow >= 0))
+    ready_rank = pick(path.rank[:, _READY], skb[packets], -1)
     seen = ready_rank >= 0
+    socket = np.where(seen, pick(path.columns["socket"], skb[packets], 0), 0).astype(np.uint64)
     numbers, inverse = np.unique(flow[packets], return_inverse=True)
     low = np.full(len(numbers), np.iinfo(np.uint64).max, np.uint64)
     high = np.zeros(len(numbers), np.uint64)
     np.minimum.at(low, inverse[seen], socket[seen])
     np.maximum.at(high, inverse[seen], socket[seen])
-    place = ~seen & (skb[packets] < 0) & (low == high)[inverse]
+    received = pick(path.time[:, _RX], skb[packets], NAT)
+    cpu = pick(path.cpu[:, _RX], skb[packets], -1)
+    unseen = (received == NAT) | hidden.touch(received, received + QUEUE_NS, cpu)
+    place = ~seen & unseen & (low == high)[inverse]
     socket = np.where(place, high[inverse], socket)
     keep = seen | place
     packets, ready_rank, socket = packets[keep], ready_rank[keep], socket[keep]
     # In capture order, which is queue order on one socket except where CPUs race; seen ranks then put it right.
-    order = np.argsort(packets, kind="stable")
+    order = np.argsort(segments.arrival[packets], kind="stable")
     packets, ready_rank, socket = packets[order], ready_rank[order], socket[order]
     slots = np.flatnonzero(ready_rank >= 0)
     ranked = slots[np.argsort(ready_rank[slots], kind="stable")]
@@ -69,81 +139,121 @@ def _place_unseen(
     return packets, ready_rank, socket
 
 
-def _calls_woken(
-    events: Mapping[str, Columns],
-    path: KernelPath,
-    skb: np.ndarray,
-    ready_rank: np.ndarray,
-    receives: Columns,
-    calls: np.ndarray,
-) -> np.ndarray:
-    """Return for each queued packet the position in `calls` of the call it woke, -1 where it woke none.
-
-    A reader asleep on a socket has emptied it, so the packet that wakes it is the next one returned: a fixed point of the
-    queue that needs no counting. Only sockets with a single reader have it.
-    """
-    waking = event_columns(events, "sched:sched_waking")
-    ready = STAGE_INDEX["data_ready"]
-    cpu = np.where(ready_rank >= 0, pick(path.cpu[:, ready], skb, -1), -1)
-    limit = pick(path.columns["wake_limit"], skb, 0)
-    by_cpu = AsOf(waking["rank"], waking["cpu"])
-    row = by_cpu.first_after(ready_rank, cpu)
-    row = np.where(by_cpu.rank_of(row, _NEVER) < limit, row, -1)
-    woken_tid = pick(task_ids(waking, "pid"), row, -1)
-    sockets, tids = receives["sk"][calls].astype(np.uint64), receives["tid"][calls].astype(np.int64)
-    pairs = np.unique(np.stack([sockets, tids.astype(np.uint64)], axis=1), axis=0)
-    single = np.unique(pairs[:, 0], return_counts=True)
-    lonely = single[0][single[1] == 1]
-    socket = pick(path.columns["socket"], skb, 0)
-    following = AsOf(receives["rank"][calls], sockets, tids)
-    call = following.first_after(by_cpu.rank_of(row, -1), socket, woken_tid)
-    return np.where(np.isin(socket, lonely), call, -1)
-
-
-def _consume_queue(
-    result: Consumption,
-    packets: np.ndarray,
-    ready_rank: np.ndarray,
-    payload_len: np.ndarray,
-    calls: np.ndarray,
-    woken: np.ndarray,
-) -> None:
-    """Join one socket's queue to its receive calls: counting from the fixed points, believed where both neighbours agree."""
-    if not len(calls):
+def _consume_queue(result: Consumption, queue: Queue, calls: np.ndarray, begun: Begun, lossy: Hidden) -> None:
+    """Join one socket's queue to its receive calls (rows of the receive events, in order, refusals included)."""
+    receives = result.receives
+    ret, tid = receives["ret"][calls].astype(np.int64), receives["tid"][calls]
+    # Another reader may still have to return what it took when one finds nothing.
+    calls = calls[(ret >= 0) | ((ret == EAGAIN) & bool(len(tid) and (tid == tid[0]).all()))]
+    if not len(calls) or not len(queue.packet):
         return
-    rank, returned = result.receives["rank"][calls], result.receives["ret"][calls].astype(np.int64)
-    place = np.arange(len(packets))
-    fixed = np.flatnonzero(woken >= 0)
-    if len(fixed):
-        shift = woken[fixed] - fixed
-        before = np.searchsorted(fixed, place, side="right") - 1
-        after = np.searchsorted(fixed, place, side="left")
-        left = shift[np.maximum(before, 0)]
-        right = shift[np.minimum(after, len(fixed) - 1)]
-        left = np.where(before >= 0, left, right)
-        right = np.where(after < len(fixed), right, left)
-    else:
-        # Calls that returned before the first datagram seen took datagrams from before the recording.
-        first = ready_rank[ready_rank >= 0]
-        left = right = np.full(len(packets), int(np.searchsorted(rank, first[0])) if len(first) else 0)
-    call = place + left
-    inside = (call >= 0) & (call < len(calls))
-    at = np.clip(call, 0, len(calls) - 1)
-    # ret is the datagram's length, or less when the caller's buffer was too small (MSG_TRUNC).
-    fits = inside & (left == right) & (returned[at] == payload_len) & (rank[at] > ready_rank)
-    result.receive[packets] = np.where(fits, calls[at], -1)
-    result.anchors_disagree[packets] = (inside & ~fits) | _overtaken_in_call(result, calls[at], fits, ready_rank)
+    returned = receives["ret"][calls].astype(np.int64)
+    place, takes = np.arange(len(queue.packet)), returned >= 0
+    # A datagram whose data_ready was not seen may have been dropped: the call after the one before it may have skipped it.
+    is_sure = queue.ready_rank >= 0
+    preceding = np.concatenate(([-2, -1], np.maximum.accumulate(np.where(is_sure, place, -1))))[: len(place) + 1]
+    following = _next_sure(is_sure)
+    bounds = close_in(_bounded(receives, queue, calls, begun, lossy, following), following, preceding)
+    at, known = bounds.place, takes & (bounds.place >= 0) & (bounds.place < len(place))
+    slot = np.where(known, at, 0)
+    # A reader's buffer may be smaller than its datagrams: then every such call returns as much as it holds.
+    cut = (returned == returned.max()) & (queue.length[slot] > returned)
+    fits = known & ((queue.length[slot] == returned) | cut)
+    wrong = known & ~fits
+    if wrong.any():
+        # One length that does not fit says that the count is off; it was the same for the calls around.
+        shift = np.where(known, at - np.cumsum(takes), np.iinfo(np.int64).min)
+        run = np.cumsum(np.concatenate(([True], shift[1:] != shift[:-1])))
+        fits &= ~np.isin(run, run[wrong])
+    rows = queue.packet[slot[fits]]
+    result.receive[rows] = calls[fits]
+    doubt = np.zeros(len(place) + 1, np.int64)
+    vague = takes & ~fits & (bounds.high >= 0)
+    np.add.at(doubt, np.clip(bounds.low[vague], 0, len(place)), 1)
+    np.add.at(doubt, np.clip(bounds.high[vague] + 1, 0, len(place)), -1)
+    in_doubt = (np.cumsum(doubt)[:-1] > 0) & (result.receive[queue.packet] < 0)
+    result.anchors_disagree[queue.packet] |= in_doubt | _overtaken_in_call(result, queue)
 
 
-def _overtaken_in_call(result: Consumption, call: np.ndarray, fits: np.ndarray, ready_rank: np.ndarray) -> np.ndarray:
+def _bounded(
+    receives: Columns, queue: Queue, calls: np.ndarray, begun: Begun, lossy: Hidden, following: np.ndarray
+) -> Calls:
+    """Return the calls with the bounds that each has of its own."""
+    time, takes = receives["time"][calls], receives["ret"][calls] >= 0
+    by_arrival = np.argsort(queue.arrival, kind="stable")
+    arrived = np.searchsorted(queue.arrival[by_arrival], time, side="left") - 1
+    last = np.maximum.accumulate(by_arrival)
+    high = np.where(arrived >= 0, last[np.maximum(arrived, 0)], -1)
+    is_next = np.concatenate(([False], ~lossy.touch(time[:-1], time[1:])))
+    low = np.full(len(calls), NOWHERE, np.int64)
+    _bound_woken(low, receives, queue, calls)
+    _bound_refused(low, receives, queue, calls, begun)
+    start = int(queue.arrival[by_arrival[0]])
+    is_quiet = start - begun.time >= QUIET_NS and time[0] > start
+    if is_quiet and not lossy.touch(np.array([begun.time]), time[:1]).any():
+        first = following[0] if takes[0] else -1
+        low[0], high[0] = max(low[0], min(first, 0)), min(high[0], first)
+    return Calls(np.zeros(len(calls), np.int64), takes.astype(np.int64), is_next, low, high)
+
+
+def _bound_woken(low: np.ndarray, receives: Columns, queue: Queue, calls: np.ndarray) -> None:
+    """Raise the bounds of calls by what woke their reader: that datagram is the next it returns, all before it had been read."""
+    rows = np.flatnonzero(receives["ret"][calls] >= 0)
+    woke = np.flatnonzero(queue.waking >= 0)
+    mine = AsOf(receives["rank"][calls[rows]], receives["tid"][calls[rows]].astype(np.int64))
+    call = mine.first_after(queue.waking[woke], queue.woken[woke])
+    np.maximum.at(low, rows[call[call >= 0]], woke[call >= 0])
+
+
+def _bound_refused(low: np.ndarray, receives: Columns, queue: Queue, calls: np.ndarray, begun: Begun) -> None:
+    """Raise the bounds of calls that found nothing (EAGAIN): what was queued before they began had been read.
+
+    When a call began is not recorded; the task's last call had returned before, and it had woken from its last sleep.
+    """
+    rows = np.flatnonzero(receives["ret"][calls] < 0)
+    if not len(rows):
+        return
+    rank, tid = receives["rank"][calls[rows]], receives["tid"][calls[rows]].astype(np.int64)
+    before = AsOf(receives["rank"], receives["tid"].astype(np.int64))
+    since = before.rank_of(before.last_before(rank, tid), -1)
+    since = np.maximum(since, begun.sleeps.rank_of(begun.sleeps.last_before(rank, tid), -1))
+    seen = np.flatnonzero(queue.ready_rank >= 0)
+    count = np.searchsorted(queue.ready_rank[seen], since)
+    last = np.where(count > 0, seen[np.maximum(count - 1, 0)], -1) if len(seen) else np.full(len(rows), -1)
+    low[rows] = np.where(since >= 0, last, NOWHERE)
+
+
+def _next_sure(is_sure: np.ndarray) -> np.ndarray:
+    """Return for each place, from the one before the first on, the next that is surely filled."""
+    n = len(is_sure)
+    ahead = np.minimum.accumulate(np.where(is_sure, np.arange(n), n)[::-1])[::-1]
+    return np.concatenate((ahead, [n]))
+
+
+def _overtaken_in_call(result: Consumption, queue: Queue) -> np.ndarray:
     """Tell which datagrams two readers of one socket may have taken in the other order.
 
     A call is seen where it returns, not where it dequeues: when two tasks return one after the other and the second
     datagram was there before the first call returned, either may have taken either.
     """
-    tid, rank = result.receives["tid"][call], result.receives["rank"][call]
-    swapped = fits[:-1] & fits[1:] & (tid[:-1] != tid[1:]) & (ready_rank[1:] < rank[:-1])
+    call = result.receive[queue.packet]
+    tid, rank = pick(result.receives["tid"], call, -1), pick(result.receives["rank"], call, -1)
+    both = (call[:-1] >= 0) & (call[1:] >= 0)
+    swapped = both & (tid[:-1] != tid[1:]) & (queue.ready_rank[1:] < rank[:-1])
     doubt = np.zeros(len(call), bool)
     doubt[:-1] |= swapped
     doubt[1:] |= swapped
     return doubt
+
+
+def _doubt_crossed(
+    result: Consumption, path: KernelPath, segments: Segments, packets: np.ndarray, socket: np.ndarray
+) -> None:
+    """Doubt neighbours in a queue that two CPUs processed at once: data_ready does not tell which was queued first."""
+    skb = segments.skb[packets]
+    received, ready = pick(path.time[:, _RX], skb, NAT), pick(path.time[:, _READY], skb, NAT)
+    cpu = pick(path.cpu[:, _RX], skb, -1)
+    crossed = (socket[1:] == socket[:-1]) & (cpu[1:] != cpu[:-1]) & (received[1:] < ready[:-1])
+    crossed &= (received[1:] != NAT) & (ready[:-1] != NAT)
+    result.anchors_disagree[packets[1:][crossed]] = True
+    result.anchors_disagree[packets[:-1][crossed]] = True

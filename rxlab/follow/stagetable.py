@@ -41,6 +41,11 @@ class StageTable:
         self.cpu[:, at] = pick(events["cpu"], row, -1)
         self.rank[:, at] = pick(events["rank"], row, -1)
 
+    def unset(self, stage: str, rows: np.ndarray) -> None:
+        """Forget a stage of the given rows (a mask): what was linked may be another packet's."""
+        at = STAGE_INDEX[stage]
+        self.time[rows, at], self.cpu[rows, at], self.rank[rows, at] = NAT, -1, -1
+
     def take(self, row: np.ndarray) -> StageTable:
         """Return the given rows as a new table, blank where the row is -1."""
         taken = StageTable.blank(len(row))

@@ -14,6 +14,7 @@ from rxlab.follow import gates
 from rxlab.follow.asof import AsOf, pick
 from rxlab.follow.clockfit import NAT, ClockMap
 from rxlab.follow.consumption import Consumption
+from rxlab.follow.hidden import BLIND_AFTER_NS, BLIND_BEFORE_NS, Hidden
 from rxlab.follow.kernelpath import KernelPath, event_columns
 from rxlab.follow.match import Matched
 from rxlab.follow.stagetable import StageTable
@@ -22,10 +23,13 @@ from rxlab.stages import ATTRIBUTIONS, STAGE_INDEX, STAGE_NAMES, STATUSES, stage
 
 TCP, UDP = 6, 17
 _RX = STAGE_INDEX["netif_receive_skb"]
-# A blind window hides events a little before its first and after its last visible switch (measured: -2 / +0.2 ms).
-BLIND_BEFORE_NS, BLIND_AFTER_NS = 2_000_000, 200_000
+_NEVER = np.iinfo(np.int64).max
+# How far around a packet without a reader a loss may hide it.
+UNREAD_NS = 10_000_000
 # Statuses that say "do not trust this row's times", as opposed to "this packet has no reader".
 FLAGGED = ("ambiguous", "negative", "blind", "lost", "incomplete", "unmatched")
+# Statuses that name the call that read the packet without doubt, whatever other stages are missing.
+TRUSTED = ("complete", "lost", "blind")
 # Not counted among the data packets a recording should have followed: no reader could have had them, or perf was not on.
 NOT_COUNTED = ("duplicate", "dropped", "outside_window")
 
@@ -46,6 +50,14 @@ class Evidence:
         The pcap stamps, converted.
     lost : int
         Events perf reported as lost.
+    lossy : Hidden
+        Where they were lost.
+    blind : int64 array, dims (window, 4)
+        Where perf delivered nothing without a loss (:func:`rxlab.follow.hidden.blind_windows`).
+    is_repeat : bool array, dims (packet,)
+        TCP bytes that had come before (:func:`rxlab.follow.repeats.covered_segments`).
+    freed : pair
+        :func:`drop_reasons`.
     damage : tuple of str
         What is known to be missing from the files themselves: a capture or a recording that was cut.
     """
@@ -57,6 +69,10 @@ class Evidence:
     clock: ClockMap
     stamp: np.ndarray
     lost: int
+    lossy: Hidden
+    blind: np.ndarray
+    is_repeat: np.ndarray
+    freed: tuple[np.ndarray, list[str]]
     damage: tuple[str, ...] = ()
 
 
@@ -88,7 +104,8 @@ def required_stages(
         "data_ready": is_data & ~(is_tcp & (merged | late)),
         "waking": is_data & (attribution == ATTRIBUTIONS.index("own_wake")),
         "wakeup": is_data & (attribution == ATTRIBUTIONS.index("own_wake")),
-        "switch_in": is_data & np.isin(attribution, [ATTRIBUTIONS.index(a) for a in ("own_wake", "coalesced", "other_wake", "preempted")]),
+        # A reader without attribution: what woke it is not known, so its switch-in is missing.
+        "switch_in": is_data & ((attribution == 0) & (columns["tid"] >= 0) | np.isin(attribution, [ATTRIBUTIONS.index(a) for a in ("own_wake", "coalesced", "other_wake", "preempted")])),
         "copy": is_data & is_tcp,
         "recvmsg": is_data,
     }  # fmt: skip
@@ -137,9 +154,10 @@ def give_statuses(
     status = np.full(columns.n, code["complete"], np.int8)
     has_reader = rows.rank[:, STAGE_INDEX["recvmsg"]] >= 0
     missing = (required & (rows.time == NAT)).any(axis=1)
-    reason, table = _drop_reasons(rows, columns, evidence)
-    duplicate = _duplicates(columns, rows.rank[:, _RX], reason)
-    is_data = columns["is_data"]
+    is_data, duplicate = columns["is_data"], evidence.is_repeat
+    # Old data is freed with a reason too, but nothing was lost by it.
+    reason, table = evidence.freed
+    reason = np.where((rows.rank[:, STAGE_INDEX["copy"]] >= 0) | duplicate, 0, reason).astype(np.int16)
     # A later byte of the same stream, or a later datagram of the same socket, was read: so was this one, and its events
     # were not delivered although perf reported no loss.
     overtaken = is_data & ~has_reader & (reason == 0) & _overtaken(columns, has_reader)
@@ -147,19 +165,19 @@ def give_statuses(
     status[is_data & ~has_reader] = code["no_reader"]
     status[is_data & ~has_reader & (reason > 0)] = code["dropped"]
     status[is_data & duplicate] = code["duplicate"]
-    stamp, lost = evidence.stamp, evidence.lost
-    windows = gates.blind_windows(evidence.events)
-    blind = gates.inside_windows(stamp, windows, BLIND_BEFORE_NS, BLIND_AFTER_NS)
+    stamp = evidence.stamp
+    blind = gates.inside_windows(stamp, evidence.blind, BLIND_BEFORE_NS, BLIND_AFTER_NS)
+    lost = _inside_loss(rows, stamp, evidence.lossy)
     status[overtaken & ~duplicate] = code["blind"]
-    unfinished = missing & ~np.isin(status, (code["dropped"], code["duplicate"]))
-    status[unfinished & (lost > 0)] = code["lost"]
+    unfinished = (missing | overtaken) & ~np.isin(status, (code["dropped"], code["duplicate"]))
     status[unfinished & blind] = code["blind"]
+    status[unfinished & lost] = code["lost"]
     times = [event["time"] for event in evidence.events.values() if event.n]
     first, last = min(int(time.min()) for time in times), max(int(time.max()) for time in times)
     unmatched = evidence.matched.event < 0
     status[unmatched] = code["unmatched"]
-    status[unmatched & (lost > 0)] = code["lost"]
     status[unmatched & blind] = code["blind"]
+    status[unmatched & lost] = code["lost"]
     status[unmatched & ((stamp < first) | (stamp > last))] = code["outside_window"]
     status[~is_data & ~unmatched] = code["no_payload"]
     ambiguous = (
@@ -168,6 +186,12 @@ def give_statuses(
     status[ambiguous & is_data & ~unmatched] = code["ambiguous"]
     status[gates.order_violations(rows.time, columns["path_kind"])] = code["negative"]
     return status, reason, table
+
+
+def _inside_loss(rows: StageTable, stamp: np.ndarray, lossy: Hidden) -> np.ndarray:
+    """Tell whose life, from the wire to the reader, events were lost in; without a reader it may still go on."""
+    end = rows.time[:, STAGE_INDEX["recvmsg"]]
+    return lossy.touch(stamp - UNREAD_NS, np.where(end == NAT, stamp + UNREAD_NS, end))
 
 
 def _overtaken(columns: Columns, has_reader: np.ndarray) -> np.ndarray:
@@ -183,19 +207,19 @@ def _overtaken(columns: Columns, has_reader: np.ndarray) -> np.ndarray:
     return overtaken
 
 
-def _drop_reasons(rows: StageTable, columns: Columns, evidence: Evidence) -> tuple[np.ndarray, list[str]]:
-    """Return the kernel's reason for packets freed by kfree_skb inside their life and never copied (0: none)."""
-    freed = event_columns(evidence.events, "skb:kfree_skb")
+def drop_reasons(
+    events: Mapping[str, Columns], path: KernelPath, skb: np.ndarray
+) -> tuple[np.ndarray, list[str]]:
+    """Return the kernel's reason for packets freed by kfree_skb inside their life before any copy (0: none), and the words."""
+    freed = event_columns(events, "skb:kfree_skb")
     if not freed.n or "reason" not in freed:
-        return np.zeros(columns.n, np.int16), ["none"]
+        return np.zeros(len(skb), np.int16), ["none"]
+    address, start = path.columns["skbaddr"], path.rank[:, _RX]
     index = AsOf(freed["rank"], freed["skbaddr"].astype(np.uint64))
-    row = index.first_after(rows.rank[:, _RX], columns["skb"])
-    row = np.where(
-        index.rank_of(row, np.iinfo(np.int64).max) < pick(evidence.path.columns["end_rank"], evidence.matched.event, 0),
-        row,
-        -1,
-    )
-    reason = np.where(rows.rank[:, STAGE_INDEX["copy"]] >= 0, 0, pick(freed["reason"].astype(np.int64), row, 0))
+    row = index.first_after(start, address)
+    end = np.minimum(path.columns["end_rank"], _first_copy(events, start, address))
+    row = pick(np.where(index.rank_of(row, _NEVER) < end, row, -1), skb, -1)
+    reason = pick(freed["reason"].astype(np.int64), row, 0)
     # Kernels number their reasons differently: what travels on is the name, as a code into this run's own table.
     symbols = freed.attrs.get("symbols", {}).get("reason", {})
     values, codes = np.unique(np.append(reason, 0), return_inverse=True)
@@ -203,16 +227,10 @@ def _drop_reasons(rows: StageTable, columns: Columns, evidence: Evidence) -> tup
     return codes[:-1].astype(np.int16), table
 
 
-def _duplicates(columns: Columns, rx_rank: np.ndarray, drop_reason: np.ndarray) -> np.ndarray:
-    """Tell which TCP packets carry bytes that an earlier packet, not dropped, already brought."""
-    rows = np.flatnonzero(columns["is_data"] & (columns["proto"] == TCP) & (drop_reason == 0))
-    duplicate = np.zeros(columns.n, bool)
-    position, length, flow = columns["position"], columns["payload_len"].astype(np.int64), columns["flow"]
-    order = rows[np.lexsort((rows, position[rows], flow[rows]))]
-    if not len(order):
-        return duplicate
-    same = (flow[order][1:] == flow[order][:-1]) & (position[order][1:] == position[order][:-1])
-    # The first arrival owns the bytes; a later one with the same start is a copy of it unless it brings more.
-    covered = same & (length[order][1:] <= length[order][:-1])
-    duplicate[order[1:][covered]] = True
-    return duplicate
+def _first_copy(events: Mapping[str, Columns], start: np.ndarray, address: np.ndarray) -> np.ndarray:
+    """Return the rank of the first copy from each skb."""
+    copies = event_columns(events, "skb:skb_copy_datagram_iovec")
+    if "skbaddr" not in copies:
+        return np.full(len(start), _NEVER)
+    index = AsOf(copies["rank"], copies["skbaddr"].astype(np.uint64))
+    return index.rank_of(index.first_after(start, address), _NEVER)

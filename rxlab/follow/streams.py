@@ -13,15 +13,16 @@ import numpy as np
 from rxlab.follow.asof import AsOf, pick
 from rxlab.follow.consumption import Consumption, Segments
 from rxlab.follow.kernelpath import KernelPath
+from rxlab.follow.streambounds import StreamLinks
 from rxlab.stages import STAGE_INDEX
 
 
-def consume_streams(result: Consumption, path: KernelPath, segments: Segments) -> None:
-    """Join TCP packets to copies by stream position."""
+def consume_streams(result: Consumption, path: KernelPath, segments: Segments) -> StreamLinks | None:
+    """Join TCP packets to copies by stream position; returns what the copies say by skb address."""
     copies, flow = result.copies, segments.flow
     if not copies.n or not len(flow):
-        return
-    copy_flow, copy_start, whole = _copy_positions(result, path, segments)
+        return None
+    copy_flow, copy_start, whole, since = _copy_positions(result, path, segments)
     order = np.lexsort((copies["rank"], copy_flow))
     order = order[copy_flow[order] >= 0]
     data = np.flatnonzero(segments.is_tcp & (segments.length > 0) & (flow >= 0))
@@ -36,6 +37,7 @@ def consume_streams(result: Consumption, path: KernelPath, segments: Segments) -
         mine = _without_foreign(mine, copies["doubtful"][rows])
         result.bytes_copied[number] = int(mine.length.sum())
         _consume_stream(result, by_flow[first:stop], mine, segments, rx_rank)
+    return StreamLinks(copy_start, copy_flow, since)
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,8 @@ def _consume_stream(
     found = (at >= 0) & (to >= 0)
     at, to = np.maximum(at, 0), np.maximum(to, 0)
     found &= (end[at] > first_byte) & (end[to] > last_byte)
-    # Bytes copied before this packet arrived were another packet's: this one is a duplicate and owns nothing.
-    found &= copy_rank[at] > rx_rank[packets]
+    # Bytes that had come before, or were copied before this packet arrived, were another packet's.
+    found &= (copy_rank[at] > rx_rank[packets]) & ~segments.is_repeat[packets]
     # Every byte between must have been copied too: a hole means the join must not claim the packet.
     hole = np.cumsum(np.concatenate(([0], (begin[1:] != end[:-1]).astype(np.int64))))
     found &= hole[at] == hole[to]
@@ -94,8 +96,8 @@ def _consume_stream(
 
 def _copy_positions(
     result: Consumption, path: KernelPath, segments: Segments
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return flow and stream position of each copy, and whether its skb was copied whole.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return flow and stream position of each copy, whether its skb was copied whole, and when that skb arrived.
 
     Flow is -1 where the skb has no packet. "Whole" means that the copies of one skb add up to its packet's payload, which
     no lost copy event could leave so.
@@ -127,4 +129,5 @@ def _copy_positions(
     # Beyond the skb's own bytes a copy is of bytes merged into it, unless its call does not add up either: then the address
     # was reused where no birth is recorded (AF_UNIX, netlink).
     usable &= ~(copies["doubtful"] & (before >= np.where(packet >= 0, segments.length[packet], 0)))
-    return np.where(usable, segments.flow[packet], -1), np.where(usable, segments.position[packet] + before, 0), whole
+    since = pick(path.time[:, rx], life, np.iinfo(np.int64).max)
+    return np.where(usable, segments.flow[packet], -1), np.where(usable, segments.position[packet] + before, 0), whole, since

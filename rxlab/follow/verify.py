@@ -107,7 +107,7 @@ def verify_join(
     Returns
     -------
     dict
-        ``checked, complete, misjoined, flagged, data_packets, t1_minus_exit_ns, scm_minus_pcap_ns, byte_sums_equal,
+        ``checked, complete, misjoined, trusted, flagged, data_packets, t1_minus_exit_ns, scm_minus_pcap_ns, byte_sums_equal,
         counters_agree, verdict, reasons, statuses``; what could not be checked is None.
     """
     columns = joined.packets
@@ -117,6 +117,7 @@ def verify_join(
         "checked": 0,
         "complete": float((names[counted] == "complete").mean()) if counted.any() else 0.0,
         "misjoined": None,
+        "trusted": int(columns["trusted"].sum()),
         "flagged": int((counted & np.isin(names, FLAGGED)).sum()),
         "data_packets": int(counted.sum()),
         "t1_minus_exit_ns": None,
@@ -220,9 +221,8 @@ def _judge_calls(result: dict[str, Any], joined: Joined, app_log: np.ndarray, ca
     """Fill the counts that compare joined calls with true ones."""
     columns = joined.packets
     returned = joined.time[:, _RECV]
-    names = np.asarray(STATUSES)[columns["status"]]
     # Rows that say of themselves that they cannot be trusted are counted as flagged, not as checked.
-    checked = (call >= 0) & (returned != NAT) & ~np.isin(names, FLAGGED) & (names != "duplicate")
+    checked = (call >= 0) & columns["trusted"]
     rows = np.flatnonzero(checked)
     truth = app_log[call[rows]]
     right = (truth["t0"] <= returned[rows]) & (returned[rows] <= truth["t1"]) & (truth["tid"] == columns["tid"][rows])
