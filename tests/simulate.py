@@ -197,7 +197,9 @@ def _wire(told: Recipe, rng: np.random.Generator) -> list[_Packet]:
                 earlier.seq = (packet.seq + packet.payload) % 2**32
                 earlier.is_swapped = packet.is_swapped = True
         if told.is_tcp and chance[3][i] < told.repeat_share and packet.head < 0 and not told.swap_share:
-            again = _Packet(len(packets), flow, socket, packet.seq, packet.payload, "duplicate", arrival=clock + 150_000)
+            again = _Packet(
+                len(packets), flow, socket, packet.seq, packet.payload, "duplicate", arrival=clock + 150_000
+            )
             packets.append(again)
     packets.sort(key=lambda packet: packet.arrival)
     renumber = {packet.number: at for at, packet in enumerate(packets)}
@@ -258,7 +260,12 @@ def _stack(log: _Log, told: Recipe, packets: list[_Packet]) -> None:
             reached[packet.flow] = ((ahead.seq + ahead.payload) if filled else (packet.seq + packet.payload)) % 2**32
         if packet.fate == "dropped":
             log.add("skb:kfree_skb", end, cpu, OTHER, skbaddr=packet.address, reason=DROP_REASON)
-        elif packet.head < 0 and packet.fate != "duplicate" and in_order and (packet.fate != "ack" or grown[packet.number]):
+        elif (
+            packet.head < 0
+            and packet.fate != "duplicate"
+            and in_order
+            and (packet.fate != "ack" or grown[packet.number])
+        ):
             live["data_ready"] = log.add(
                 "sock:sk_data_ready", packet.ready, cpu, OTHER, skaddr=sock, family=2, protocol=6 if told.is_tcp else 17
             )
@@ -306,7 +313,9 @@ class _Readers:
                 if wanted.get(packet.flow, packet.seq) != stream[0].seq and packet.flow in wanted:
                     continue
                 ahead = self.packets[packet.number + 1 :][:1]
-                is_early = ahead and ahead[0].flow == packet.flow and (ahead[0].seq + ahead[0].payload) % 2**32 == packet.seq
+                is_early = (
+                    ahead and ahead[0].flow == packet.flow and (ahead[0].seq + ahead[0].payload) % 2**32 == packet.seq
+                )
                 if is_early and packet.flow not in wanted:
                     continue
                 members, held[packet.flow] = stream, []
@@ -329,7 +338,14 @@ class _Readers:
         pair = (tid, SPINNER) if out else (SPINNER, tid)
         name = b"spinner" if out else b"reader"
         row = self.log.add(
-            "sched:sched_switch", time, cpu, pair[0], prev_pid=pair[0], next_pid=pair[1], next_comm=name, prev_state=int(out)
+            "sched:sched_switch",
+            time,
+            cpu,
+            pair[0],
+            prev_pid=pair[0],
+            next_pid=pair[1],
+            next_comm=name,
+            prev_state=int(out),
         )
         if not out:
             self.came = getattr(self, "came", {})
@@ -373,7 +389,9 @@ class _Readers:
                 self.asleep[task] = now
                 self._switch(now, task, out=True)
             elif self.left:
-                self._return(now + 600, task, next(s for s in range(self.n_sockets) if task in self._tasks(s)), EAGAIN, 0)
+                self._return(
+                    now + 600, task, next(s for s in range(self.n_sockets) if task in self._tasks(s)), EAGAIN, 0
+                )
                 self._push(now + 600 + self.told.work_ns, 1, task)
             return
         socket, tcp = mine[0], self.told.is_tcp
@@ -504,7 +522,14 @@ def _columns(log: _Log, rng: np.random.Generator, told: Recipe) -> tuple[dict[st
         row["_kept"] = True
         events[name].append({**row, "rank": rank})
         rank += 1
-    types = {"skbaddr": np.uint64, "skaddr": np.uint64, "sk": np.uint64, "csd": np.uint64, "func": np.uint64, "cpu": np.int32}
+    types = {
+        "skbaddr": np.uint64,
+        "skaddr": np.uint64,
+        "sk": np.uint64,
+        "csd": np.uint64,
+        "func": np.uint64,
+        "cpu": np.int32,
+    }
     columns = {}
     for name, entries in events.items():
         arrays = {}

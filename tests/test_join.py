@@ -16,7 +16,6 @@ from rxlab.follow import kernelpath
 from rxlab.follow.clockfit import NAT
 from rxlab.follow.hidden import NOTHING_HIDDEN
 from rxlab.follow.join import Joined, join
-from rxlab.follow.status import FLAGGED
 from rxlab.stages import ATTRIBUTIONS, STAGE_INDEX, STATUSES
 from tests.simulate import FIRST, START, World, simulate
 
@@ -24,7 +23,9 @@ RX, COPY, RECV = (STAGE_INDEX[name] for name in ("netif_receive_skb", "copy", "r
 
 
 def run(world: World) -> Joined:
-    return join(world.events, world.packets, world.clock, world.machine, lost=world.lost, lost_records=world.lost_records)
+    return join(
+        world.events, world.packets, world.clock, world.machine, lost=world.lost, lost_records=world.lost_records
+    )
 
 
 def names(joined: Joined) -> np.ndarray:
@@ -76,7 +77,11 @@ def worlds(draw: st.DrawFn) -> dict[str, Any]:
             "plain": {},
         }[kind]
     else:
-        recipe |= {"flows": 6, "sockets": draw(st.sampled_from([1, 3])), "drop_share": draw(st.sampled_from([0.0, 0.2]))}
+        recipe |= {
+            "flows": 6,
+            "sockets": draw(st.sampled_from([1, 3])),
+            "drop_share": draw(st.sampled_from([0.0, 0.2])),
+        }
         recipe["readers"] = min(recipe["sockets"], draw(st.sampled_from([1, 3])))
     return recipe
 
@@ -138,7 +143,9 @@ def test_loss_without_a_place_leaves_nothing_trusted() -> None:
     assert joined.verdict != "trusted"
 
 
-@pytest.mark.skipif(not os.environ.get("RXLAB_LONG"), reason="RXLAB_LONG=1 draws 300,000 trusted packets of lossy worlds")
+@pytest.mark.skipif(
+    not os.environ.get("RXLAB_LONG"), reason="RXLAB_LONG=1 draws 300,000 trusted packets of lossy worlds"
+)
 def test_long_draw_of_lossy_worlds() -> None:
     """300,000 packets called trusted while 5 to 50 % of the events are lost: at most one in 100,000 wrong."""
     trusted = bad = known = found = 0
@@ -156,7 +163,10 @@ def test_long_draw_of_lossy_worlds() -> None:
         assert joined.verdict != "trusted"
         believed = joined.packets["trusted"]
         trusted, bad = trusted + int(believed.sum()), bad + int(wrong(joined, world).sum())
-        known, found = known + int(world.truth["knowable"].sum()), found + int((world.truth["knowable"] & believed).sum())
+        known, found = (
+            known + int(world.truth["knowable"].sum()),
+            found + int((world.truth["knowable"] & believed).sum()),
+        )
         seed += 1
     print(f"{seed - 1000} worlds: {trusted} trusted, {bad} wrong, {found} of {known} knowable packets trusted")
     assert bad <= trusted * 1e-5
@@ -215,7 +225,7 @@ class TestMutations:
     @pytest.mark.parametrize("by", [-1, 1])
     @pytest.mark.parametrize("proto", ["tcp", "udp"])
     def test_shifted_receive_is_caught(self, monkeypatch: pytest.MonkeyPatch, proto: str, by: int) -> None:
-        """Every packet one call early or late: by the truth, and without it by byte sums or the order of stages."""
+        """Every packet one call early or late: by what the calls returned, without any truth."""
         world = simulate(proto=proto, mean_gap_ns=60_000)
         real = join_module.consume
 
@@ -227,7 +237,7 @@ class TestMutations:
 
         monkeypatch.setattr(join_module, "consume", shifted)
         joined = run(world)
-        assert wrong(joined, world).sum() > 100
+        assert joined.gates["calls"]["violations"] > 100
         assert joined.verdict != "trusted"
 
     def test_two_swapped_in_one_receive_are_caught(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,16 +255,17 @@ class TestMutations:
         monkeypatch.setattr(join_module, "consume", swapped)
         joined = run(world)
         assert wrong(joined, world).sum() == 2
-        assert joined.gates["copies"]["violations"] == 2
+        assert joined.gates["calls"]["violations"] == 2
         assert joined.verdict != "trusted"
 
     def test_ignored_generations_are_caught(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Links that reach into an address's next life run against the stage order, which the gate counts."""
-        world = simulate(n_addresses=3, mean_gap_ns=60_000, drop_share=0.0, merge_share=0.3)
-        assert run(world).gates["order"]["violations"] == 0
+        """Links that reach into an address's next life leave packets of that life without their own."""
+        world = simulate(n_addresses=40, mean_gap_ns=60_000, merge_share=0.3)
+        honest = run(world)
+        assert (honest.verdict, honest.gates["flagged"]["violations"]) == ("trusted", 0)
         monkeypatch.setattr(kernelpath, "_end_of_life", lambda receive, events: np.full(receive.n, 2**62))
         broken = run(world)
-        assert wrong(broken, world).any() or broken.gates["order"]["violations"] > 20
+        assert broken.gates["flagged"]["violations"] > 50
         assert broken.verdict != "trusted"
 
     def test_loss_taken_for_silence_is_caught(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from rxlab.errors import MissingEventError
-from rxlab.follow import gates
 from rxlab.follow.asof import AsOf, pick
 from rxlab.follow.clockfit import NAT, RESIDUAL_QUANTILES, ClockMap
 from rxlab.follow.consumption import Consumption, Segments, receive_events, unwrap_sequence
@@ -26,8 +25,6 @@ from rxlab.follow.queues import consume_datagrams
 from rxlab.follow.repeats import covered_segments
 from rxlab.follow.stagetable import StageTable
 from rxlab.follow.status import (
-    FLAGGED,
-    NOT_COUNTED,
     TCP,
     TRUSTED,
     UDP,
@@ -39,16 +36,14 @@ from rxlab.follow.status import (
 )
 from rxlab.follow.streambounds import confirm_streams
 from rxlab.follow.streams import consume_streams
+from rxlab.follow.verdict import give_verdict
 from rxlab.follow.wake import Since, Wake, attribute, first_wakes
 from rxlab.read.columns import Columns
 from rxlab.stages import ORDER, PATH_KINDS, STAGE_INDEX, STATUSES
 
 _RX = STAGE_INDEX["netif_receive_skb"]
-MAX_FLAGGED = 0.01
 # How long after netif_receive_skb a tap stamps at most where lost events leave it open.
 LOSSY_TAP_NS = 20_000
-# tcpdump runs a little longer than perf: some of a live capture's packets always lie outside.
-MAX_OUTSIDE = 0.25
 
 
 @dataclass
@@ -156,7 +151,12 @@ def join(
     tid, wake = _join_reader(rows, events, path, skb, taken, lossy)
     columns = _columns(received, path, skb, tid, wake, rows, events)
     columns = columns.with_columns(position=position, is_data=(payload > 0) & (is_tcp | is_udp))
-    return _judge(rows, columns, flows, Evidence(events, path, matched, taken, clock, stamp, lost, lossy, blind, repeat, (reason, reasons), damage))
+    return _judge(
+        rows,
+        columns,
+        flows,
+        Evidence(events, path, matched, taken, clock, stamp, lost, lossy, blind, repeat, (reason, reasons), damage),
+    )
 
 
 def _received(packets: Columns, machine: Machine) -> tuple[Columns, Columns]:
@@ -415,7 +415,7 @@ def _judge(rows: StageTable, columns: Columns, flows: Columns, evidence: Evidenc
     columns = columns.with_columns(status=status, drop_reason=drop_reason, t0_stage=t0, trusted=trusted)
     columns.attrs["categories"]["drop_reason"] = reasons_table
     joined = Joined(rows.time, rows.cpu, columns, flows, _coverage(required, rows.time, columns), evidence.clock)
-    _gate(joined, evidence)
+    give_verdict(joined, evidence)
     return joined
 
 
@@ -433,75 +433,3 @@ def _coverage(required: np.ndarray, time: np.ndarray, columns: Columns) -> Colum
     for code, name in enumerate(STATUSES):
         counts[name] = (required & ~seen & (columns["status"] == code)[:, None]).sum(axis=0)
     return Columns({name: count.astype(np.int64) for name, count in counts.items()})
-
-
-def _gate(joined: Joined, evidence: Evidence) -> None:
-    """Fill gates, verdict and reasons."""
-    columns, taken, matched = joined.packets, evidence.taken, evidence.matched
-    names = np.asarray(STATUSES)[columns["status"]]
-    counted = columns["is_data"] & ~np.isin(names, NOT_COUNTED)
-    flagged = counted & np.isin(names, FLAGGED)
-    n, in_doubt = int(counted.sum()), int(taken.anchors_disagree.sum())
-    windows = evidence.blind
-    consumed = (joined.time[:, STAGE_INDEX["recvmsg"]] != NAT) & (columns["payload_len"] > 0)
-    fraction = float(flagged.sum() / n) if n else 0.0
-    joined.gates = {
-        "order": _violations(int((names == "negative").sum())),
-        "ports": _violations(_wrong_ports(joined, evidence.path, matched.event)),
-        # Rows whose stream or queue position is in doubt are flagged each; only many of them say that the run is.
-        "anchors": {"ok": in_doubt <= MAX_FLAGGED * n, "violations": in_doubt},
-        "bytes": gates.byte_sums(columns, consumed, columns["proto"] == TCP, taken.bytes_copied),
-        "lost": _violations(evidence.lost),
-        # What the fit says of itself: a floor too sparse to carry it, a stamp whose place cannot be known.
-        "clock": {**_violations(len(joined.clock.flags)), "flags": list(joined.clock.flags)},
-        "causal": _violations(_late_stamps(joined, evidence)),
-        "blind": {
-            "ok": True,
-            "violations": len(windows),
-            "window_ns": int((windows[:, 3] - windows[:, 2]).sum()),
-            "tasks": gates.blind_tasks(evidence.events, windows),
-        },
-        "window": _window_gate(columns["is_data"], names),
-        # A software stamp is taken inside netif_rx or at the tap. One that is neither is not this capture's clock.
-        "stamp": _violations(int(joined.clock.method == "readings" and joined.clock.stamp_position == "nic")),
-        "flagged": {"ok": fraction <= MAX_FLAGGED, "violations": int(flagged.sum()), "fraction": fraction},
-    }
-    if not n:
-        joined.verdict, joined.reasons = "refused", ["no data packets were received while perf was recording"]
-    elif joined.clock.stamp_position == "unknown" or (matched.event[counted] >= 0).mean() < 0.5:
-        joined.verdict = "refused"
-        joined.reasons = ["fewer than half of the captured data packets were found in the kernel's events"]
-    else:
-        failed = [name for name, gate in joined.gates.items() if not gate["ok"]]
-        joined.verdict = "degraded" if failed or evidence.damage else "trusted"
-        joined.reasons = [f"{name}: {joined.gates[name]['violations']} violations" for name in failed]
-    joined.reasons += evidence.damage
-
-
-def _window_gate(is_data: np.ndarray, names: np.ndarray) -> dict[str, Any]:
-    """Judge how many data packets came while perf was not recording: more than the edges of a run says it stopped."""
-    outside = int((is_data & (names == "outside_window")).sum())
-    return {"ok": outside <= MAX_OUTSIDE * int(is_data.sum()), "violations": outside}
-
-
-def _late_stamps(joined: Joined, evidence: Evidence) -> int:
-    """Count NIC stamps that come after the first event of their own packet: a wrong pair, or a clock beyond its bound."""
-    nic, skb = joined.time[:, STAGE_INDEX["nic"]], evidence.matched.event
-    first = pick(evidence.path.first_event(), skb, NAT)
-    return int(((nic != NAT) & (nic > first + evidence.clock.bound_ns)).sum())
-
-
-def _violations(count: int) -> dict[str, Any]:
-    return {"ok": count == 0, "violations": count}
-
-
-def _wrong_ports(joined: Joined, path: KernelPath, skb: np.ndarray) -> int:
-    """Count TCP packets whose tcp_probe names other ports than the packet has; sport is the local socket's."""
-    flow = joined.packets["flow"]
-    local, peer = pick(path.columns["sport"], skb, -1), pick(path.columns["dport"], skb, -1)
-    seen = (local >= 0) & (flow >= 0) & (skb >= 0)
-    row = np.maximum(flow, 0)
-    if not joined.flows.n:
-        return 0
-    wrong = (joined.flows["dport"][row] != local) | (joined.flows["sport"][row] != peer)
-    return int((wrong & seen).sum())

@@ -204,9 +204,7 @@ def _link_driver(
     }
 
 
-def _link_softirq(
-    path: KernelPath, events: Mapping[str, Columns], irqs: Mapping[int, int], hidden: Hidden
-) -> None:
+def _link_softirq(path: KernelPath, events: Mapping[str, Columns], irqs: Mapping[int, int], hidden: Hidden) -> None:
     """Link hard IRQ, NET_RX raise and softirq entry on the CPU where the packet entered the host."""
     entries, raises = (_net_rx(event_columns(events, name)) for name in ("irq:softirq_entry", "irq:softirq_raise"))
     rx, drv = STAGE_INDEX["netif_receive_skb"], STAGE_INDEX["driver_rx"]

@@ -13,6 +13,8 @@ import numpy as np
 
 from rxlab.read.compiler import njit
 
+from rxlab.follow.asof import pick
+
 # Stamp and event clocks agree to tens of ns; a window is widened by this much on both sides.
 TOLERANCE_NS = 300
 # How long after netif_receive_skb a tap takes its stamp.
@@ -180,18 +182,21 @@ def match_by_flow(
     flow_hash : int64 array, dims (event,)
         skb->hash as the driver had it; 0 or less where it had none.
     may_miss : bool
-        As :func:`match_packets`; what only order tells is then ambiguous.
+        As :func:`match_packets`.
     """
     windows = (window_low, window_high)
     found = match_packets(packet_time, packet_len, *windows, event_len, event_time, may_overtake, may_miss=may_miss)
     group = _flow_groups(found.event, flow, flow_hash)
     if group is None:
         return found
+    if may_miss:
+        # Events whose hash was lost fit any flow, so here the hashes only speak against.
+        of_packet, of_event = group[0], pick(group[1], found.event, 0)
+        return Matched(found.event, found.ambiguous | ((of_packet != of_event) & (of_packet > 0) & (of_event > 0)))
     span = int(max(packet_len.max(initial=0), event_len.max(initial=0))) + 1
     again = match_packets(
-        packet_time, packet_len + span * group[0], *windows, event_len + span * group[1], event_time, may_overtake,
-        may_miss=may_miss,
-    )  # fmt: skip
+        packet_time, packet_len + span * group[0], *windows, event_len + span * group[1], event_time, may_overtake
+    )
     event, ambiguous = again.event.copy(), again.ambiguous.copy()
     # A hash may change (a socket that retransmits takes a new one): what the flows leave over goes by order alone.
     free = np.ones(len(event_time), bool)
@@ -207,7 +212,7 @@ def match_by_flow(
         None if may_overtake is None else may_overtake[events],
     )
     event[packets] = np.where(rest.event >= 0, events[np.maximum(rest.event, 0)], -1) if len(events) else -1
-    ambiguous[packets] = rest.ambiguous | (may_miss & (rest.event >= 0))
+    ambiguous[packets] = rest.ambiguous
     return Matched(event, ambiguous)
 
 

@@ -99,9 +99,7 @@ def consume_datagrams(
         first, stop = np.searchsorted(call_socket, [socket[low], socket[low] + np.uint64(1)])
         mine = slice(low, high)
         rows = packets[mine]
-        queue = Queue(
-            rows, ready_rank[mine], segments.arrival[rows], segments.length[rows], waking[mine], woken[mine]
-        )
+        queue = Queue(rows, ready_rank[mine], segments.arrival[rows], segments.length[rows], waking[mine], woken[mine])
         _consume_queue(result, queue, taking[first:stop], begun, lossy)
     _doubt_crossed(result, path, segments, packets, socket)
 

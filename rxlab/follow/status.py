@@ -207,9 +207,7 @@ def _overtaken(columns: Columns, has_reader: np.ndarray) -> np.ndarray:
     return overtaken
 
 
-def drop_reasons(
-    events: Mapping[str, Columns], path: KernelPath, skb: np.ndarray
-) -> tuple[np.ndarray, list[str]]:
+def drop_reasons(events: Mapping[str, Columns], path: KernelPath, skb: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """Return the kernel's reason for packets freed by kfree_skb inside their life before any copy (0: none), and the words."""
     freed = event_columns(events, "skb:kfree_skb")
     if not freed.n or "reason" not in freed:

@@ -130,4 +130,9 @@ def _copy_positions(
     # was reused where no birth is recorded (AF_UNIX, netlink).
     usable &= ~(copies["doubtful"] & (before >= np.where(packet >= 0, segments.length[packet], 0)))
     since = pick(path.time[:, rx], life, np.iinfo(np.int64).max)
-    return np.where(usable, segments.flow[packet], -1), np.where(usable, segments.position[packet] + before, 0), whole, since
+    return (
+        np.where(usable, segments.flow[packet], -1),
+        np.where(usable, segments.position[packet] + before, 0),
+        whole,
+        since,
+    )

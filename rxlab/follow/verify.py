@@ -223,6 +223,7 @@ def _judge_calls(result: dict[str, Any], joined: Joined, app_log: np.ndarray, ca
     returned = joined.time[:, _RECV]
     # Rows that say of themselves that they cannot be trusted are counted as flagged, not as checked.
     checked = (call >= 0) & columns["trusted"]
+    names = np.asarray(STATUSES)[columns["status"]]
     rows = np.flatnonzero(checked)
     truth = app_log[call[rows]]
     right = (truth["t0"] <= returned[rows]) & (returned[rows] <= truth["t1"]) & (truth["tid"] == columns["tid"][rows])
