@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rxlab.read.compiler import njit
-
 from rxlab.follow.asof import pick
+from rxlab.read.compiler import njit
 
 # Stamp and event clocks agree to tens of ns; a window is widened by this much on both sides.
 TOLERANCE_NS = 300
