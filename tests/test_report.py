@@ -9,12 +9,12 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from joined_builder import make_app_logs
+from joined_builder import make_app_logs, make_host, make_joined, make_run
 from report_builder import VERIFIED, make_runs
 
 from rxlab.dataset import store
 from rxlab.errors import RxlabError
-from rxlab.show import answer, evidence, trust
+from rxlab.show import answer, evidence, plots, trust
 from rxlab.show.report import write_report
 
 
@@ -104,6 +104,62 @@ def test_the_answer_is_the_planted_one(html):
     assert ratio == pytest.approx(30, abs=4)
     assert "rps_ipi +2." in text
     assert "Traced and untraced runs agree on the direction of the median." in text
+
+
+def test_the_bias_of_recording_and_the_cpu_cost_are_said(html):
+    """Untraced +3 us, traced +4.5 us: half of the effect is the recording's own."""
+    text = " ".join(_Page(html).text)
+    found = re.search(r"Recording itself adds \+(\S+ [nµ]s) .*?, (\d+) % of the effect", text)
+    assert found, text[:4000]
+    size, unit = found[1].split()
+    assert float(size) * {"ns": 1e-3, "µs": 1}[unit] == pytest.approx(1.5, abs=0.75)  # of one traced run each
+    assert 20 <= int(found[2]) <= 80
+    assert "CPU cost: a message takes" in text
+    assert "less the estimated cost of recording" in text
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_a_small_bias_is_not_mentioned(tmp_path):
+    runs = make_runs(ratio=4.0)  # traced 15 -> 60 us, untraced 10 -> 40: made equal to the untraced difference below
+    logs = make_app_logs(np.full(600, 45_000.0))
+    runs = [
+        replace(run, tree=store.build(make_joined(600, seed=9), run=run.run, host=run.host, app_latency=logs))
+        if run.is_traced and run.run["configuration"]["rps_cpus"] == "2"
+        else run
+        for run in runs
+    ]
+    assert "Recording itself adds" not in write_report(runs, tmp_path / "r.html").read_text()
+
+
+def test_a_run_larger_than_memory_is_read_a_column_at_a_time(tmp_path):
+    """What is drawn and told of a run leaves its tables (packet, stage) and (packet, hop) on disk."""
+    run = make_run()
+    path = store.save(store.build(make_joined(3000), run=run, host=make_host()), tmp_path / "run.nc")
+    with store.open_dataset(path) as tree:
+        runs = {"it": [trust.AnalysedRun(run, make_host(), tree, VERIFIED)]}
+        evidence.hop_rows(runs)
+        answer.give_answer(runs, [], None)
+        for draw in (plots.plot_steering, plots.plot_clock, plots.plot_packet):
+            draw(tree)
+        plots.plot_stage_bars({"it": [tree]})
+        for group, name in (("packets", "time"), ("packets", "cpu"), ("hops", "latency"), ("hops", "hop_from")):
+            assert not tree[group].variables[name]._in_memory, f"{group}/{name} was loaded whole"
+
+
+def test_a_sweep_has_ranks_effects_and_a_runner_up(tmp_path, monkeypatch):
+    drawn: dict = {}
+    monkeypatch.setattr(evidence, "draw_figures", lambda *_, **found: drawn.update(found) or iter(()))
+    runs = []
+    for gro, ratio in (("off", 0.8), ("on", 1.2)):
+        for run in make_runs(ratio=ratio, traced=False):
+            run.run["configuration"]["gro"] = gro
+            runs.append(run)
+    text = " ".join(_Page(write_report(runs, tmp_path / "r.html").read_text()).text)
+    assert "Of 4 configurations rps_cpus=2, gro=off has the lowest median" in text
+    assert "Runner-up to rps_cpus=2, gro=off is rps_cpus=0, gro=o" in text
+    assert "rps_cpus=2 with gro=on" in text
+    assert drawn["layout"].dims == ("rps_cpus", "gro", "repetition")
+    assert [(one.first, one.last) for one in drawn["ranks"]] == [(1, 1), (2, 3), (2, 3), (4, 4)]
 
 
 def test_what_a_colleague_must_know_is_said(html):
@@ -229,6 +285,19 @@ def test_no_runs_are_one_clear_error(tmp_path):
 def _state(runs, name, **given):
     checks = trust.trust_panel(runs, **{"recorded": False, "overhead": [], **given})
     return next(check.state for check in checks if check.name == name)
+
+
+def _started(runs, order):
+    """Return the untraced runs, started in this order of configurations and repetitions."""
+    untraced = [run for run in runs if run.arm == "untraced"]
+    return [replace(untraced[at], run={**untraced[at].run, "start_ns": 10**9 * (n + 1)}) for n, at in enumerate(order)]
+
+
+def test_the_order_of_the_runs_is_checked(runs):
+    shuffled = _started(runs, (0, 5, 6, 1, 2, 7, 8, 3, 9, 4))
+    assert _state(shuffled, "Order of the runs") == "good"
+    assert _state(_started(runs, range(10)), "Order of the runs") == "warn"  # one configuration after the other
+    assert _state(shuffled[:2], "Order of the runs") == "none"
 
 
 @pytest.mark.parametrize(

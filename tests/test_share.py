@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import ipaddress
 import json
 import re
 import shutil
@@ -27,7 +28,7 @@ HOST = "lab-machine-17"
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory, repo) -> Path:
-    """Copies of recorded runs on a host whose name, and whose peer's addresses, stand in every place a run has for texts."""
+    """A sweep of recorded runs on a host whose name, and whose peer's addresses, stand in every place a run has for texts."""
     folder = tmp_path_factory.mktemp("lab")
     for name, peer in (("tcp-rps-off", "10.77.0.1"), ("tcp-rps-on", "10.77.0.2")):
         shutil.copytree(repo / "data" / name, folder / name)
@@ -35,6 +36,11 @@ def lab(tmp_path_factory, repo) -> Path:
         run["command"] = [*run["command"], "--filter", f"host 10.77.0.1 or host {HOST}", "--remote", f"ssh:{HOST}"]
         run["workload"] = {**run["workload"], "remote": f"ssh:{HOST}"}
         run["configuration"] = {**run["configuration"], "peer": f"{peer} on {HOST}"}
+        run["sweep"] = {
+            "cell": f"c{len(peer)}-{name}",
+            "repetition": 0,
+            "labels": {"rps": name[-3:].strip("-"), "peer": peer},
+        }
         run["problems"] = [f"the link to {HOST} (10.77.0.2) was slow"]
         write_json(folder / name / "run.json", run)
         host = read_json(folder / name / "host.json")
@@ -155,8 +161,11 @@ def test_the_notebook_is_executed_and_answers(shared):
     assert all(cell["execution_count"] for cell in code)
     answer = "".join(code[-1]["outputs"][-1]["data"]["text/markdown"])
     assert answer.startswith("**Answer:**")
-    assert re.search(r"peer=\S+ on host-\d", answer)
-    assert re.search(rb"peer=\S+ on host-\d", shared[False]["page"])
+    # The sweep's own labels, its peers in one /30 as before, and parameters that are not the notebook's.
+    first, second = re.search(r"rps=on, peer=(\S+) against rps=off, peer=(\S+):", answer).groups()
+    assert int(ipaddress.ip_address(first)) ^ int(ipaddress.ip_address(second)) == 3
+    assert f"peer={first}".encode() in shared[False]["page"]
+    assert [cell["source"] for cell in code if "injected-parameters" in cell["metadata"].get("tags", [])]
 
 
 def test_the_notebook_of_the_package_is_that_of_the_folder(repo):

@@ -38,6 +38,7 @@ def write_report(
     recorded: bool = False,
     title: str | None = None,
     reveal: bool = False,
+    redactor: Redactor | None = None,
 ) -> Path:
     """Write the report of one run, a comparison or a sweep.
 
@@ -53,6 +54,8 @@ def write_report(
         ``RECORDED`` in them are known to be.
     reveal : bool
         Show host names and addresses; by default they are replaced by consistent pseudonyms.
+    redactor : Redactor, optional
+        The pseudonyms, where other files are to have the same; by default new ones.
 
     Returns
     -------
@@ -68,7 +71,7 @@ def write_report(
             expected="at least one run directory",
             do="Record one with 'rxlab capture' or 'rxlab demo'.",
         )
-    redactor = None if reveal else Redactor.of_hosts([run.host for run in analysed])
+    redactor = None if reveal else redactor or Redactor.of_hosts([run.host for run in analysed])
     if redactor is not None:
         groups = {redactor.text(label): group for label, group in groups.items()}
     page = _render(_context(groups, command=command, recorded=recorded, title=title), redactor)

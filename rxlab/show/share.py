@@ -136,8 +136,8 @@ def report_runs(
         raise FormatError(
             "no run directories", where=", ".join(map(str, paths)), expected=f"a directory with {RUN_JSON}"
         )
-    written = {"report": write_report(runs, out, reveal=reveal)}
+    redactor = None if reveal else Redactor.of_hosts([run.host for run in runs])
+    written = {"report": write_report(runs, out, reveal=reveal, redactor=redactor)}
     if notebook:
-        redactor = None if reveal else Redactor.of_hosts([run.host for run in runs])
         written["notebook"] = write_notebook(paths, written["report"].with_suffix(".ipynb"), redactor)
     return written
