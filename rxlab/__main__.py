@@ -222,15 +222,28 @@ def sweep(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print plan, duration and size, and stop.")] = False,
     reps: Annotated[int | None, typer.Option(min=1, help="Repetitions, instead of the spec's.")] = None,
     remote: Remote = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Dask scheduler (tcp://... or tls://...): its workers with NIC=1 record.")
+    ] = None,
     allow: Allow = False,
     yes_this_nic: YesNic = False,
 ) -> None:
     """Record every combination of a sweep spec, and lay all runs out as one Zarr dataset."""
     from rxlab.pipeline import run_sweep
 
-    options = {"resume": resume, "allow_system_changes": allow, "yes_this_nic": yes_this_nic} if not dry_run else {}
     store = run_sweep(
-        spec, out, testbed=testbed or False, iface=iface, reps=reps, remote=remote, dry_run=dry_run, say=_say, **options
+        spec,
+        out,
+        testbed=testbed or False,
+        iface=iface,
+        reps=reps,
+        remote=remote,
+        scheduler=scheduler,
+        resume=resume,
+        allow_system_changes=allow,
+        yes_this_nic=yes_this_nic,
+        dry_run=dry_run,
+        say=_say,
     )
     if store is not None:
         print(f"dataset: {store}")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rxlab import rundir
-from rxlab.errors import CaptureError, FormatError, UsageError
+from rxlab.errors import FormatError, UsageError
 from rxlab.rundir import DATASET, list_runs
 from rxlab.stages import EVENT_PRESETS
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rxlab.dataset.run import Run
     from rxlab.follow.join import Joined
     from rxlab.read.columns import Columns
+    from rxlab.record.spec import Spec
 
 
 def open_run(path: str | os.PathLike[str]) -> Run:
@@ -57,6 +58,7 @@ def record_run(
     `server`, a command line started on the captured side first.
     """
     from rxlab.host.access import HostAccess
+    from rxlab.host.idlecheck import idle_task_is_blind
     from rxlab.host.journal import apply
     from rxlab.host.settings import parse_settings
     from rxlab.host.topology import resolve_intents
@@ -96,17 +98,6 @@ def record_run(
             **options,
         )
     return note_restored(recorded, journal)
-
-
-def idle_task_is_blind() -> bool | None:
-    """Tell whether perf loses the events of idle tasks on this host; None where a second of looking could not tell."""
-    from rxlab.host.idlecheck import check_idle_task
-
-    try:
-        check = check_idle_task(1.0)
-    except CaptureError:
-        return None
-    return check.has_fault if check.has_fault or check.is_conclusive else None
 
 
 def demo(
@@ -233,6 +224,7 @@ def experiment(
     say: Callable[[str], None] = print,
 ) -> Path | None:
     """Record each configuration untraced and traced, `reps` times in shuffled order, analyse, and report."""
+    from rxlab.host.idlecheck import idle_task_is_blind
     from rxlab.host.journal import apply
     from rxlab.record.ports import open_testbed
     from rxlab.record.sweep import plan_sweep, sweep
@@ -284,22 +276,43 @@ def run_sweep(
     iface: str | None = None,
     reps: int | None = None,
     remote: str | None = None,
+    scheduler: str | None = None,
     dry_run: bool = False,
     say: Callable[[str], None] = print,
     **options: Any,
 ) -> Path | None:
-    """Record a sweep spec (options as :func:`rxlab.record.spec.record_spec` takes them); return its Zarr store."""
+    """Record a sweep spec (options as :func:`rxlab.record.spec.record_spec` takes them); return its Zarr store.
+
+    With a `scheduler` (``tcp://...`` of a Dask cluster) its workers record (:mod:`rxlab.record.cluster`) and analyse.
+    """
+    from rxlab.dataset.sweepstore import aggregate_sweep
+    from rxlab.host.idlecheck import idle_task_is_blind
     from rxlab.record.spec import plan_lines, plan_spec, record_spec
 
-    plan = plan_spec(spec, testbed=testbed, iface=iface, reps=reps, remote=remote)
+    if scheduler is not None:
+        plan = plan_spec(spec, testbed=testbed, iface=iface, reps=reps, remote=remote, elsewhere=True)
+    else:
+        plan = plan_spec(spec, testbed=testbed, iface=iface, reps=reps, remote=remote)
     if dry_run:
         say("\n".join(plan_lines(plan)))
         return None
+    if scheduler is not None:
+        return _sweep_on_cluster(plan, Path(out), scheduler, testbed=testbed, iface=iface, say=say, **options)
     blind = idle_task_is_blind() if plan.idle == "auto" else None
     record_spec(plan, out, testbed=testbed, iface=iface, idle_task_is_blind=blind, say=say, **options)
-    from rxlab.dataset.sweepstore import aggregate_sweep
-
     return aggregate_sweep(out, say=say)
+
+
+def _sweep_on_cluster(plan: Spec, out: Path, scheduler: str, *, say: Callable[[str], None], **options: Any) -> Path:
+    """Record and aggregate on the workers of a Dask cluster."""
+    from rxlab.dataset.sweepstore import aggregate_sweep
+    from rxlab.record.cluster import connect, record_on_cluster
+
+    with connect(scheduler) as client:
+        record_on_cluster(plan, out, client, say=say, **options)
+        return aggregate_sweep(
+            out, each=lambda write, paths: client.gather(client.map(write, paths, pure=False)), say=say
+        )
 
 
 def _settings_text(configuration: Mapping[str, Any]) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def aggregate_sweep(
     folder: str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
     *,
+    each: Callable[[Callable[[str], str | None], list[str]], Iterable[str | None]] = map,
     say: Callable[[str], None] = print,
 ) -> Path:
     """Analyse every run of a sweep that is not analysed yet, and lay all out as one dataset.
@@ -42,6 +44,9 @@ def aggregate_sweep(
         What ``rxlab sweep`` recorded: ``sweep.json`` and run directories.
     out : path-like, optional
         Store to write, replaced whole; ``sweep.zarr`` in the folder by default.
+    each : callable
+        How a function is called for each run directory: ``map``, or what has several processes do it (a Dask cluster's
+        ``client.map``). Answers come in the order of the directories.
     say : callable
         Told of progress, and of runs that could not be analysed: those stay "absent" in the variable ``verdict``.
 
@@ -58,12 +63,11 @@ def aggregate_sweep(
     unfinished = target.with_name(f".{target.name}.tmp")
     try:
         create_store(unfinished, grid, plan)
-        for number, run in enumerate(runs):
-            say(f"analysing [{number + 1}/{len(runs)}] {run.path.name}")
-            try:
-                write_run(unfinished, grid, run, plan)
-            except RxlabError as error:
-                say(f"  not in the dataset: {error.line()}")
+        paths = [str(run.path) for run in runs]
+        for number, problem in enumerate(each(partial(try_run, str(unfinished), grid, plan), paths)):
+            say(f"analysed [{number + 1}/{len(runs)}] {runs[number].path.name}")
+            if problem:
+                say(f"  not in the dataset: {problem}")
         shutil.rmtree(target, ignore_errors=True)
         os.replace(unfinished, target)
     finally:
@@ -162,6 +166,15 @@ def create_store(path: Path, grid: Grid, plan: Mapping[str, Any]) -> None:
     ones = (1,) * len(grid.base)
     chunks = {str(name): {"chunks": (*ones, *array.shape[len(ones) :])} for name, array in empty.data_vars.items()}
     empty.to_zarr(path, mode="w", zarr_format=ZARR_FORMAT, encoding=chunks)
+
+
+def try_run(store: str, grid: Grid, plan: Mapping[str, Any], path: str) -> str | None:
+    """Write one run directory into its place of a store; return why that cannot be done."""
+    try:
+        write_run(Path(store), grid, Run(Path(path)), plan)
+    except RxlabError as error:
+        return error.line()
+    return None
 
 
 def write_run(path: Path, grid: Grid, run: Run, plan: Mapping[str, Any]) -> None:

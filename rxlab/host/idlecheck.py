@@ -159,3 +159,12 @@ def _nap(cpu: int, stop: threading.Event) -> None:
     os.sched_setaffinity(0, {cpu})
     while not stop.is_set():
         time.sleep(0.005)
+
+
+def idle_task_is_blind() -> bool | None:
+    """Tell whether perf loses the events of idle tasks on this host; None where a second of looking could not tell."""
+    try:
+        check = check_idle_task(1.0)
+    except CaptureError:
+        return None
+    return check.has_fault if check.has_fault or check.is_conclusive else None

@@ -400,10 +400,7 @@ def record_spec(
         In the order of the plan; the last of a cell's tries even when it is degraded.
     """
     folder = Path(out)
-    if (folder / SWEEP_JSON).exists() and not resume:
-        raise UsageError(
-            "a sweep is there already", where=str(folder), do="Go on with --resume, or choose another --out."
-        )
+    check_resume(folder, resume)
     if check_host(spec, testbed=testbed, iface=iface) and not allow_system_changes:
         raise HostSettingError(
             "this sweep changes settings of the host itself",
@@ -440,6 +437,14 @@ def record_spec(
     return runs
 
 
+def check_resume(folder: Path, resume: bool) -> None:
+    """Refuse to go on with a sweep that is there unless that is asked for."""
+    if (folder / SWEEP_JSON).exists() and not resume:
+        raise UsageError(
+            "a sweep is there already", where=str(folder), do="Go on with --resume, or choose another --out."
+        )
+
+
 class Progress:
     """Says before each run what it is and how much time is left, reckoned from the runs so far."""
 
@@ -470,8 +475,12 @@ def plan_spec(
     iface: str | None = None,
     reps: int | None = None,
     remote: str | None = None,
+    elsewhere: bool = False,
 ) -> Spec:
-    """Read a spec, with what the command line says instead of the file, and check it against this host."""
+    """Read a spec, with what the command line says instead of the file, and check it against this host.
+
+    `elsewhere`: other machines record it, and each checks it against itself.
+    """
     spec = load_spec(source)
     if remote is not None:
         workload = with_fields(spec.workload, {"remote": remote})
@@ -481,5 +490,6 @@ def plan_spec(
         spec = replace(spec, repetitions=reps)
     if bool(iface) == bool(testbed):
         raise UsageError("where shall the sweep run", expected="either --iface IF or --testbed")
-    check_host(spec, testbed=testbed, iface=iface)
+    if not elsewhere:
+        check_host(spec, testbed=testbed, iface=iface)
     return spec

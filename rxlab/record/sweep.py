@@ -13,10 +13,11 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rxlab.errors import UsageError
+from rxlab.errors import HostSettingError, UsageError
 from rxlab.host.access import HostAccess
 from rxlab.host.journal import Transaction, apply
 from rxlab.host.kinds import check_keys
@@ -200,25 +201,58 @@ def sweep(
     iface = testbed.dst.iface if testbed is not None else iface
     netns = testbed.dst.netns if testbed is not None else netns
     with own if transaction is None else nullcontext(transaction) as journal:
-        engine = Engine(folder, testbed, iface, netns, workload, journal, retries, capture_options)
-        for configuration in configurations:
-            engine.settings_of(configuration)
-        is_warm = not warm_up
-        for number, cell in enumerate(cells):
-            if progress is not None:
-                progress(number, len(cells), cell)
-            finished = complete_run(folder / cell.name)
-            if finished is None:
-                if not is_warm:
-                    engine.warm_up(replace(cell, arm="untraced"), warm_up)
-                    is_warm = True
-                finished = engine.record(cell)
-            yield finished
+        engine = Engine(
+            folder,
+            testbed,
+            iface,
+            netns,
+            workload,
+            journal,
+            retries,
+            capture_options,
+            partial(remember_repeated, folder),
+        )
+        yield from record_cells(engine, cells, warm_up=warm_up, progress=progress)
+
+
+def record_cells(
+    engine: Engine,
+    cells: Sequence[Cell],
+    *,
+    warm_up: int = 0,
+    progress: Callable[[int, int, Cell], None] | None = None,
+) -> Iterator[RunDir]:
+    """Record cells one after the other, yielding each run; those that are complete are yielded as they are.
+
+    Parameters are those of :func:`sweep`.
+    """
+    for configuration in {cell.index: cell.configuration for cell in cells}.values():
+        engine.settings_of(configuration)
+    is_warm = not warm_up
+    for number, cell in enumerate(cells):
+        if progress is not None:
+            progress(number, len(cells), cell)
+        finished = complete_run(engine.folder / cell.name)
+        if finished is None:
+            if not is_warm:
+                engine.warm_up(replace(cell, arm="untraced"), warm_up)
+                is_warm = True
+            finished = engine.record(cell)
+        yield finished
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What all cells of one sweep are recorded with."""
+    """What all cells of one sweep are recorded with.
+
+    Attributes
+    ----------
+    on_repeated : callable
+        Told of each degraded run that is thrown away: its cell and its problems.
+    holds_host : bool
+        Whether settings of the whole host are this sweep's to write. Where several workers share a host, somebody else holds
+        them for all, and each run only checks that they are in force before and after it.
+    """
 
     folder: Path
     testbed: Testbed | None
@@ -228,6 +262,8 @@ class Engine:
     journal: Transaction
     retries: int
     capture_options: Mapping[str, Any]
+    on_repeated: Callable[[Cell, Sequence[str]], None]
+    holds_host: bool = True
 
     def settings_of(self, configuration: Mapping[str, Any]) -> list[Setting]:
         """Return the host settings of a configuration, found on this host; raises for what cannot be set."""
@@ -244,7 +280,7 @@ class Engine:
             recorded = self.record_once(path, cell)
             if recorded.run["status"] == "complete" or attempt == self.retries:
                 break
-            remember_repeated(self.folder, cell, recorded.run.get("problems") or [])
+            self.on_repeated(cell, recorded.run.get("problems") or [])
             shutil.rmtree(path)
         return recorded
 
@@ -252,7 +288,10 @@ class Engine:
         """Apply one cell's settings, record it, and restore."""
         _, changes, recording = split_configuration(cell.configuration)
         labels = {"labels": dict(cell.labels)} if cell.labels else {}
-        with self.journal.change(self.settings_of(cell.configuration)):
+        settings = self.settings_of(cell.configuration)
+        held = [] if self.holds_host else [setting for setting in settings if setting.netns is None]
+        check_held(held)
+        with self.journal.change([setting for setting in settings if setting not in held]):
             recorded = capture(
                 path,
                 iface=self.iface,
@@ -265,6 +304,11 @@ class Engine:
                 transaction=self.journal,
                 **{**self.capture_options, **recording},
             )
+        try:
+            check_held(held)
+        except HostSettingError:
+            shutil.rmtree(path)  # it is not what its configuration says
+            raise
         return note_restored(recorded, self.journal)
 
     def warm_up(self, cell: Cell, times: int) -> None:
@@ -276,6 +320,21 @@ class Engine:
                 self.record_once(path, cell)
             finally:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def check_held(settings: Sequence[Setting]) -> None:
+    """Raise when a setting of the whole host that somebody else holds for this sweep is not in force."""
+    with interrupt_later(), HostAccess(None) as access:
+        for setting in settings:
+            now = setting.canonical(setting.read(access))
+            if now != setting.wanted:
+                raise HostSettingError(
+                    "a setting that is held for the whole sweep is not in force",
+                    where=setting.label,
+                    found=now,
+                    expected=setting.wanted,
+                    do="Is the process that started the sweep alive? Then go on with --resume.",
+                )
 
 
 def reader_cpu(workload: Workload | Command | None) -> int | None:
