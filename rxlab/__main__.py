@@ -121,6 +121,7 @@ def capture(
         str | None, typer.Option(help="With a command: its server, started on the captured side first.")
     ] = None,
     server_port: Annotated[int | None, typer.Option(help="The command starts when the server listens here.")] = None,
+    pyperf: Annotated[bool, typer.Option("--pyperf", help="The command is a pyperf script: keep its values.")] = False,
     as_json: Json = False,
 ) -> None:
     """Record one run: kernel events, packets, clocks, counters, host."""
@@ -149,6 +150,7 @@ def capture(
             command=command or None,
             server=server,
             server_port=server_port,
+            pyperf=pyperf,
             duration=duration,
             attach=attach,
             events=events,

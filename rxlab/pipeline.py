@@ -47,6 +47,7 @@ def record_run(
     command: Sequence[str] | None = None,
     server: str | None = None,
     server_port: int | None = None,
+    pyperf: bool = False,
     idle: str = "auto",
     **options: Any,
 ) -> rundir.RunDir:
@@ -75,7 +76,7 @@ def record_run(
         )
     traffic: Workload | Command | None = None
     if command:
-        traffic = Command(list(command), shlex.split(server or ""), server_port)
+        traffic = Command(list(command), shlex.split(server or ""), server_port, pyperf=pyperf)
     elif workload:
         traffic = Workload(**{key: value for key, value in workload.items() if value is not None})
     with ExitStack() as stack:

@@ -37,6 +37,8 @@ A run directory is what capture leaves and analysis reads; nothing else passes b
     left by analysis: the dataset (docs/schema.md) and the verification of its join.
 ``command.log``
     what a command given as workload printed.
+``pyperf.json``
+    what a pyperf script given as workload measured, in pyperf's own format.
 ``app.log``, ``client.log``
     the workload's own logs, :data:`APP_LOG_FIELDS` and :data:`CLIENT_LOG_FIELDS`: the ground truth.
 """
@@ -64,6 +66,7 @@ PCAP = "rx.pcap"
 FUNCTIONS_LOG = "functions.log"
 APP_LOG = "app.log"
 CLIENT_LOG = "client.log"
+PYPERF_JSON = "pyperf.json"
 DATASET = "run.nc"
 VERIFY_JSON = "verify.json"
 # Of the folder that holds a sweep's runs: its plan, and the dataset made of them.

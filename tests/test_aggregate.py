@@ -74,7 +74,7 @@ def test_a_sweep_is_labelled_by_what_varied():
         "rps_cpus": 2,
         "repetition": 2,
         "arm": 2,
-        "hop": 23,
+        "hop": 24,
         "quantile": 3,
         "stage": 14,
         "bucket": 0,

@@ -18,7 +18,11 @@ from rxlab.dataset.effects import Best, Effect, Rank
 from rxlab.errors import RxlabError, UsageError
 from rxlab.stages import STAGE_NAMES
 
-WORKLOAD_HOPS = ("one_way_latency", "round_trip_latency")  # what the workload saw itself: there without trace too
+WORKLOAD_HOPS = (
+    "one_way_latency",
+    "round_trip_latency",
+    "benchmark_time",
+)  # what the workload saw itself: there without trace too
 NUMBERS = ("ratio", "ratio_low", "ratio_high", "difference", "difference_low", "difference_high", "p_corrected")
 
 

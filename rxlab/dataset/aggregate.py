@@ -26,7 +26,7 @@ GAMMA = (1 + RELATIVE_ERROR) / (1 - RELATIVE_ERROR)
 N_BUCKETS = int(np.ceil(np.log(1e12) / np.log(GAMMA))) + 3
 
 # The workload's own latencies stand beside the hops: they are what arms without trace have.
-SWEEP_HOPS = (*schema.HOP_NAMES, "one_way_latency", "round_trip_latency")
+SWEEP_HOPS = (*schema.HOP_NAMES, "one_way_latency", "round_trip_latency", "benchmark_time")
 CPU_MODES = ("user", "nice", "system", "irq", "softirq", "idle")
 SOFTNET_FIELDS = ("processed", "dropped", "time_squeeze", "received_rps")
 # How x86 and arm64 both name them in /proc/interrupts.

@@ -279,6 +279,8 @@ def _app() -> list[Variable]:
           "from the intended send time to the arrival of the reply", "NaN: no reply"),
         v("service_latency", "request", "float64", "ns", "request latency without queueing at the client",
           "from the actual send time to the arrival of the reply", "NaN: no reply"),
+        v("benchmark_time", "benchmark_value", "float64", "ns", "time of one loop", "value measured by the pyperf script that was the workload, warm-ups left out", "never"),
+        v("benchmark", "benchmark_value", "str", "", "benchmark", "name pyperf has for it", "never"),
     ]  # fmt: skip
 
 

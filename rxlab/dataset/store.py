@@ -19,7 +19,8 @@ import xarray as xr
 from rxlab.dataset import schema
 from rxlab.errors import FormatError, RxlabError
 from rxlab.read.columns import Columns
-from rxlab.rundir import APP_LOG, APP_LOG_FIELDS, CLIENT_LOG, CLIENT_LOG_FIELDS, RunDir
+from rxlab.read.pyperfjson import read_pyperf
+from rxlab.rundir import APP_LOG, APP_LOG_FIELDS, CLIENT_LOG, CLIENT_LOG_FIELDS, PYPERF_JSON, RunDir
 from rxlab.stages import ORDER, PATH_KINDS, STAGE_INDEX, STAGE_NAMES, STATUSES, TOTALS
 
 NAT = np.iinfo(np.int64).min  # what NumPy's NaT is, so that timestamps need no mask to become datetime64
@@ -107,20 +108,23 @@ def open_dataset(path: str | os.PathLike[str]) -> xr.DataTree:
     return tree
 
 
-def read_app_logs(rundir: RunDir) -> dict[str, np.ndarray]:
-    """Read app.log and client.log where the run has them.
+def read_app_logs(rundir: RunDir) -> dict[str, Any]:
+    """Read app.log, client.log and pyperf.json where the run has them.
 
     Returns
     -------
-    dict of str to structured array
-        ``"server"``, ``"client"``: fields as in :mod:`rxlab.rundir`; a record cut short at the end is left out.
+    dict of str to structured array or Columns
+        ``"server"``, ``"client"``: fields as in :mod:`rxlab.rundir`; a record cut short at the end is left out. ``"pyperf"``:
+        :func:`rxlab.read.pyperfjson.read_pyperf`.
     """
-    logs = {}
+    logs: dict[str, Any] = {}
     for key, name, fields in (("server", APP_LOG, APP_LOG_FIELDS), ("client", CLIENT_LOG, CLIENT_LOG_FIELDS)):
         if rundir.has(name):
             dtype = np.dtype(list(fields))
             content = rundir.file(name).read_bytes()
             logs[key] = np.frombuffer(content, dtype, count=len(content) // dtype.itemsize)
+    if rundir.has(PYPERF_JSON):
+        logs["pyperf"] = read_pyperf(rundir.file(PYPERF_JSON))
     return logs
 
 
@@ -439,4 +443,8 @@ def _app(logs: Mapping[str, Any], run: Mapping[str, Any]) -> xr.Dataset:
                 variables[name] = _array(
                     "app", name, np.where(replied > 0, (replied - start).astype(np.float64), np.nan)
                 )
+    if (pyperf := logs.get("pyperf")) is not None:
+        names = np.array(pyperf.attrs["categories"]["benchmark"], object)
+        variables["benchmark_time"] = _array("app", "benchmark_time", pyperf["value"])
+        variables["benchmark"] = _array("app", "benchmark", names[pyperf["benchmark"]])
     return xr.Dataset(variables)

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from rxlab.errors import CaptureError, RxlabError, UsageError
 from rxlab.host.idlecheck import idle_task_is_blind
 from rxlab.host.journal import apply
-from rxlab.host.settings import KINDS, parse_settings
+from rxlab.host.kinds import HOST_WIDE, KINDS, normal_key
+from rxlab.host.settings import parse_settings
 from rxlab.record.ports import open_testbed
 from rxlab.record.spec import Spec, check_host, check_resume
 from rxlab.record.sweep import (
@@ -292,8 +293,8 @@ def held_settings(spec: Spec, shared: Sequence[str], testbed: bool | str) -> dic
 
 
 def _is_host_wide(key: str) -> bool:
-    kind = KINDS.get(key)
-    return kind is not None and kind.scope in ("host", "cpu")
+    kind = KINDS.get(normal_key(key))
+    return kind is not None and kind.scope in HOST_WIDE
 
 
 def _gather(client: Client, blocks: Sequence[Block], folder: Path, say: Callable[[str], None]) -> None:

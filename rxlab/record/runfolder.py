@@ -16,13 +16,14 @@ from rxlab.rundir import (
     HOST_JSON,
     PCAP,
     PERF_DATA,
+    PYPERF_JSON,
     RUN_JSON,
     read_json,
 )
 
 RESERVE = ".reserve"
 RESERVE_BYTES = 1 << 20
-RECORDINGS = (PERF_DATA, PCAP, FUNCTIONS_LOG, APP_LOG, CLIENT_LOG)
+RECORDINGS = (PERF_DATA, PCAP, FUNCTIONS_LOG, PYPERF_JSON, APP_LOG, CLIENT_LOG)
 
 
 def make_folder(out: Path) -> Path:

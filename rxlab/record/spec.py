@@ -13,7 +13,7 @@
     off = { rps_sock_flow_entries = 0, rps_flow_cnt = 0 }
     on = { rps_sock_flow_entries = 32768, rps_flow_cnt = 32768 }
 
-    [workload]                        # fields of the built-in workload, or command = [...]; a list varies
+    [workload]                        # fields of the built-in workload, or command = [...] (pyperf = true: a pyperf script)
     mode = "open"
     load = [2000, 8000, 32000]
 """
@@ -57,7 +57,7 @@ from rxlab.record.workload import Command, Workload
 from rxlab.rundir import SWEEP_JSON, RunDir
 
 SPECS = Path(__file__).with_name("specs")
-COMMAND_KEYS = ("command", "server", "server_port")
+COMMAND_KEYS = ("command", "server", "server_port", "pyperf")
 PLACES = ("any", "testbed", "iface")
 
 # What a plan is reckoned with, from the runs of data/ (two virtual CPUs); it is printed as "about". A traced run also holds
@@ -223,7 +223,12 @@ def _workload(table: Mapping[str, Any], path: Path) -> Workload | Command:
         _check_names(table, COMMAND_KEYS, f"{path}: workload with a command")
         if not isinstance(argv, list) or not argv or not all(isinstance(word, str) for word in argv):
             raise UsageError("not a command", where=f"{path}: workload.command", found=repr(argv), expected="words")
-        return Command(argv, shlex.split(table.get("server", "")), table.get("server_port"))
+        is_pyperf = table.get("pyperf", False)
+        if not isinstance(is_pyperf, bool):
+            raise UsageError(
+                "not a switch", where=f"{path}: workload.pyperf", found=repr(is_pyperf), expected="true or false"
+            )
+        return Command(argv, shlex.split(table.get("server", "")), table.get("server_port"), pyperf=is_pyperf)
     fixed = {key: value for key, value in table.items() if not isinstance(value, list)}
     built = with_fields(Workload(), split_configuration(fixed)[1])
     assert isinstance(built, Workload)

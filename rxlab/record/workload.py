@@ -24,7 +24,7 @@ from typing import IO, Any, Protocol
 
 from rxlab.errors import CaptureError, UsageError
 from rxlab.record.testbed import Endpoint, in_netns
-from rxlab.rundir import APP_LOG, APP_LOG_STRUCT, CLIENT_LOG, MESSAGE_HEADER
+from rxlab.rundir import APP_LOG, APP_LOG_STRUCT, CLIENT_LOG, MESSAGE_HEADER, PYPERF_JSON
 
 Starter = Callable[..., subprocess.Popen[bytes]]
 
@@ -33,6 +33,8 @@ END_TIMEOUT = 10.0
 MAX_UDP_SIZE = 65507  # 65535 less 20 bytes of IPv4 header and 8 of UDP
 MAX_TCP_SIZE = 64 << 20  # each end holds a whole message
 COMMAND_LOG = "command.log"
+# Environment variables that tell a command where both ends are.
+ADDRESSES = ("RXLAB_SERVER_ADDRESS", "RXLAB_CLIENT_ADDRESS")
 CLIENT_SCRIPT = Path(__file__).with_name("client.py")
 PACKAGE_PARENT = Path(__file__).parents[2]
 
@@ -153,12 +155,16 @@ class Command:
         Runs on the captured side first, is stopped afterwards.
     server_port : int or None
         The traffic starts when something listens on this port there.
+    pyperf : bool
+        The command is a pyperf script: it is told to write its values into the run, and to hand the addresses on to its worker
+        processes, which get no environment otherwise (``--inherit-environ``).
     """
 
     argv: Sequence[str]
     server_argv: Sequence[str] = ()
     server_port: int | None = None
     environment: dict[str, str] = field(default_factory=dict)
+    pyperf: bool = False
 
     name = "command"
 
@@ -175,6 +181,7 @@ class Command:
             "argv": list(self.argv),
             "server_argv": list(self.server_argv),
             "server_port": self.server_port,
+            "pyperf": self.pyperf,
         }
 
 
@@ -351,8 +358,8 @@ class CommandTraffic:
 
     def _start(self, end: Endpoint, argv: Sequence[str]) -> subprocess.Popen[bytes]:
         environment = {**os.environ, **self._command.environment}
-        environment["RXLAB_SERVER_ADDRESS"] = self._dst.ipv4 or self._dst.ipv6 or ""
-        environment["RXLAB_CLIENT_ADDRESS"] = self._src.ipv4 or self._src.ipv6 or ""
+        environment[ADDRESSES[0]] = self._dst.ipv4 or self._dst.ipv6 or ""
+        environment[ADDRESSES[1]] = self._src.ipv4 or self._src.ipv6 or ""
         return self._start_process(
             end.command(argv),
             stdin=subprocess.DEVNULL,
@@ -372,7 +379,10 @@ class CommandTraffic:
 
     def go(self) -> None:
         """Start the command."""
-        self._client = self._start(self._src, self._command.argv)
+        argv = list(self._command.argv)
+        if self._command.pyperf:
+            argv += ["--output", str(self._out / PYPERF_JSON), "--inherit-environ", ",".join(ADDRESSES)]
+        self._client = self._start(self._src, argv)
 
     def wait(self, timeout: float) -> bool:
         """Wait for the command."""
@@ -390,6 +400,8 @@ class CommandTraffic:
                 kill_group(process, signal.SIGTERM)
                 kill_after(process, END_TIMEOUT)
         self._log.close()
+        if self._command.pyperf and (self._out / PYPERF_JSON).exists():
+            (self._out / PYPERF_JSON).chmod(0o600)
         return {"client_exit_code": self._client.returncode if self._client else None, "output": COMMAND_LOG}
 
 

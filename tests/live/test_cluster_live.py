@@ -36,7 +36,7 @@ app_cpu = 1
 client_cpu = 0
 """
 FLOW_ENTRIES = Path("/proc/sys/net/core/rps_sock_flow_entries")
-DEADLINE = 120.0
+DEADLINE = 240.0
 
 
 def end(process: subprocess.Popen[str]) -> None:
