@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from rxlab.errors import RefusedError, RxlabError, UsageError
+from rxlab.hostcommand import Iface, Json, Netns, host_app, print_json
 
 app = typer.Typer(
     help="Follow every received packet from the NIC to recvmsg(), and see what RPS, RFS and affinity really do.",
@@ -23,15 +24,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-host_app = typer.Typer(help="What this host is and how it is set.", no_args_is_help=True)
 # Typer has click as a dependency or as a part of itself, by version; its own BadParameter is of the right one.
 _ClickError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 _INTERRUPTED = 130  # 128 + SIGINT
 app.add_typer(host_app, name="host")
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-Iface = Annotated[str | None, typer.Option("--iface", help="Interface to look at.")]
-Netns = Annotated[str | None, typer.Option("--netns", help="Network namespace of the interface.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Host setting, e.g. rps_cpus=0,2. Repeatable.")
 ]
@@ -62,7 +59,7 @@ def doctor(iface: Iface = None, as_json: Json = False) -> None:
 
     found = examine(iface)
     if as_json:
-        _print_json(found.to_dict())
+        print_json(found.to_dict())
     else:
         found.print()
     if not found.ok:
@@ -164,7 +161,7 @@ def capture(
             progress=progress,
         )
     if as_json:
-        _print_json(run.run)
+        print_json(run.run)
     else:
         from rxlab.show.facts import run_text
 
@@ -266,7 +263,7 @@ def analyze(
     with _working("analysing"):
         result = analyze_run(run, out=out, perf=perf, pcap=pcap, iface=iface, say=_say)
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
         print(
             f"dataset: {result['dataset']}  packets {result['packets']}  complete {result['complete']:.4f}  verdict {result['verdict']}"
@@ -283,7 +280,7 @@ def inspect(file: Path, as_json: Json = False) -> None:
 
     found = inspect_file(file)
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         for key, value in found.items():
             print(f"{key}: {value if not isinstance(value, dict) else json.dumps(value)}")
@@ -374,59 +371,6 @@ def restore() -> None:
         raise typer.Exit(1)
 
 
-@host_app.command("show")
-def host_show(iface: Iface = None, netns: Netns = None, as_json: Json = False) -> None:
-    """Print CPUs, interfaces, queues, their IRQs, and every setting rxlab knows."""
-    from rxlab.host.topology import snapshot_host
-    from rxlab.show.facts import host_text
-
-    snapshot = snapshot_host(iface, netns)
-    if as_json:
-        _print_json(snapshot)
-    else:
-        print(host_text(snapshot))
-
-
-@host_app.command("export")
-def host_export(
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="File to write; printed when not given.")] = None,
-    iface: Iface = None,
-    netns: Netns = None,
-) -> None:
-    """Write all that 'host diff' compares: settings, interrupts, sysctls, ethtool, of one interface or all."""
-    from rxlab.host.topology import snapshot_host
-    from rxlab.rundir import SCHEMA_VERSION, write_json
-
-    snapshot = snapshot_host(iface, netns, everything=True)
-    if out is None:
-        _print_json({"schema_version": SCHEMA_VERSION, **snapshot})
-    else:
-        write_json(out, snapshot)
-        print(f"host: {out}")
-
-
-@host_app.command("diff")
-def host_diff(
-    before: Annotated[Path, typer.Argument(help="What 'host export' wrote, or a run directory.")],
-    after: Annotated[Path | None, typer.Argument(help="The same; this host now when not given.")] = None,
-    iface: Iface = None,
-    netns: Netns = None,
-    as_json: Json = False,
-) -> None:
-    """Print what differs between two looks at a host; exit status 3 when something does."""
-    from rxlab.host.hostdiff import diff_lines, diff_snapshots, read_snapshot
-    from rxlab.host.topology import snapshot_host
-
-    now = read_snapshot(after) if after is not None else snapshot_host(iface, netns, everything=True)
-    differences = diff_snapshots(read_snapshot(before), now)
-    if as_json:
-        _print_json(differences)
-    else:
-        print("\n".join(diff_lines(differences)) or "no difference")
-    if differences:
-        raise typer.Exit(3)
-
-
 @contextmanager
 def _working(what: str) -> Iterator[Callable[[float], None]]:
     """Show on a terminal that something goes on; yields a function that takes the seconds done of a known duration."""
@@ -453,10 +397,6 @@ def _settings(pairs: list[str] | None) -> dict[str, str]:
 
 def _say(text: str) -> None:
     print(text, flush=True)
-
-
-def _print_json(content: Any) -> None:
-    print(json.dumps(content, indent=1, default=str))
 
 
 def _usage(error: Any) -> int:

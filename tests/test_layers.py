@@ -26,7 +26,8 @@ PACKAGE = REPO / "rxlab"
 EVERYONE = {"stages", "errors", "rundir"}
 SIDES = (("host", "record"), ("read", "follow", "dataset", "show"))
 ROOMS = {room for side in SIDES for room in side}
-SEE_BOTH = {"doctor", "pipeline", "__main__"}
+# hostcommand is the part of __main__ that holds ``rxlab host``.
+SEE_BOTH = {"doctor", "pipeline", "__main__", "hostcommand"}
 ANALYSIS_ONLY = {"xarray", "numba", "matplotlib", "pandas", "scipy", "dask", "h5netcdf", "zarr", "pyarrow", "pyshark"}
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
