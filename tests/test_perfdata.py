@@ -306,6 +306,15 @@ def test_chunks_are_the_whole(tmp_path: Path) -> None:
     assert perf.events[EVENT].n == 30_000, "asked for as a whole it is read as a whole"
 
 
+def test_the_last_possible_stamp_is_in_the_last_window(tmp_path: Path) -> None:
+    # A damaged stamp can be int64's maximum, which is also the end of time of the windows.
+    builder = three(Builder()).sample(4, time=(1 << 63) - 1).sample(5, time=(1 << 63) - 1)
+    perf = read(tmp_path, builder.file())
+    for parts in (list(perf.iter_chunks(2)), list(perf.iter_chunks(window_ns=1 << 61))):
+        assert sum(part.meta["samples"] for part in parts) == perf.meta["samples"] == 5
+        assert np.concatenate([part.events[EVENT]["time"] for part in parts]).tolist()[-2:] == [(1 << 63) - 1] * 2
+
+
 def test_events_can_be_chosen(tmp_path: Path) -> None:
     content = three(Builder()).file()
     assert list(read(tmp_path, content, events=[EVENT, "not:there"]).events) == [EVENT]

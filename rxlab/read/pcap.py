@@ -213,6 +213,12 @@ def _pieces(
 def _fill(piece: _Piece, reader: ClassicReader | PcapngReader, flows: FlowTable) -> bool:
     """Fill a piece: the walk runs ahead, threads decode behind it, flows follow in order. Return whether more may come."""
     capacity, more = len(piece.flow), True
+    if capacity - piece.n <= _BATCH:  # threads would cost more than they save
+        first = piece.n
+        piece.n, more = reader.fill(piece.index, first, capacity)
+        piece.decode(reader.buf, first, piece.n)
+        flows.assign(piece.headers, first, piece.n, piece.flow, piece.flow_dir)
+        return more
     with ThreadPoolExecutor(_THREADS) as pool:
         decoding: deque[Future[tuple[int, int]]] = deque()
         while decoding or (more and piece.n < capacity):

@@ -23,7 +23,7 @@ from rxlab.read.perfcolumns import gather_columns
 from rxlab.read.perffile import PerfFile, open_perffile
 from rxlab.read.perfindex import Index, Tables
 from rxlab.read.perfmeta import LOST, LOST_SAMPLES, count_index, describe, describe_counts, read_lost
-from rxlab.read.perfwindows import FOREVER, Summary, choose_edges, iterate_windows, summarize
+from rxlab.read.perfwindows import FOREVER, Summary, choose_edges, is_before, iterate_windows, summarize
 from rxlab.rundir import PERF_DATA, RUN_JSON
 
 
@@ -133,7 +133,7 @@ class PerfData:
             iterate_windows(source.perf, source.tables, edges, summary, threads=source.threads)
         ):
             meta = {**self.meta, **describe_counts(source.perf, count_index(index))}
-            lost = self.lost.take((lost_time >= edges[number]) & (lost_time < edges[number + 1]))
+            lost = self.lost.take((lost_time >= edges[number]) & is_before(lost_time, edges[number + 1]))
             yield PerfData(source, index, meta, lost)
 
     def to_pandas(self, event: str) -> Any:

@@ -103,9 +103,14 @@ def choose_edges(perf: PerfFile, summary: Summary, n_samples: int) -> list[int]:
     return [summary.counts.first_ns, *inner.tolist(), FOREVER]
 
 
+def is_before(stamps: np.ndarray, end_ns: int) -> np.ndarray:
+    """Tell which stamps lie before a window's end; the last window has none, so a damaged stamp of int64's maximum is in it."""
+    return (stamps < end_ns) | (end_ns == FOREVER)
+
+
 def cut_window(samples: Samples, start_ns: int, end_ns: int) -> Samples:
     """Return the samples with ``start_ns <= time < end_ns`` (unknown ones left out), segments kept apart."""
-    is_inside = (samples.event >= 0) & (samples.time >= start_ns) & (samples.time < end_ns)
+    is_inside = (samples.event >= 0) & (samples.time >= start_ns) & is_before(samples.time, end_ns)
     firsts = np.concatenate([[0], np.cumsum(is_inside)])[samples.firsts].tolist()
     return Samples(
         samples.time[is_inside], samples.cpu[is_inside], samples.event[is_inside], samples.start[is_inside], firsts
@@ -115,7 +120,7 @@ def cut_window(samples: Samples, start_ns: int, end_ns: int) -> Samples:
 def read_window(perf: PerfFile, tables: Tables, summary: Summary, span: tuple[int, int], *, threads: int) -> Samples:
     """Index the samples of one window ``span[0] <= time < span[1]``."""
     chosen = [
-        np.flatnonzero((first < span[1]) & (last >= span[0]))
+        np.flatnonzero(is_before(first, span[1]) & (last >= span[0]))
         for first, last in zip(summary.first, summary.last, strict=True)
     ]
     return cut_window(read_samples(perf, tables, chosen, threads=threads), *span)
