@@ -11,6 +11,7 @@ from scenarios import Scenario, record, witness_of
 from witness import Seen, judge
 
 from rxlab.dataset.run import Run, open_run
+from rxlab.follow.status import NOT_COUNTED
 from rxlab.follow.verify import read_app_log, verify_join
 from rxlab.host.journal import Transaction
 from rxlab.rundir import APP_LOG
@@ -30,6 +31,12 @@ class Row:
     complete, hidden, flagged, checked, misjoined : int
         Data packets followed to the reader; not shown by perf; not trusted for another cause; compared with the truth; joined
         to another call than the truth, or called dropped although they were read.
+    excluded : int
+        Frames of any kind that perf did not show.
+    lost_share : float
+        Events that perf says it could not deliver, of all.
+    blind_tasks : dict
+        Names of the tasks during which perf delivered nothing, and how often.
     witness : dict
         Of bpftrace, where it watched.
     failures : list of str
@@ -43,11 +50,13 @@ class Row:
     frames: int = 0
     complete: int = 0
     hidden: int = 0
+    excluded: int = 0
     flagged: int = 0
     checked: int = 0
     misjoined: int = 0
     verdict: str = ""
     lost_share: float = 0.0
+    blind_tasks: dict[str, int] = field(default_factory=dict)
     statuses: dict[str, int] = field(default_factory=dict)
     witness: dict[str, int] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
@@ -76,11 +85,13 @@ def judged(scenario: Scenario, state: str, out: Path) -> Row:
     result = verify_join(joined, log, messages=numbers, counters=counters, events=run.perf.events)
     names = np.asarray(STATUSES)[joined.packets["status"]]
     row = Row(scenario.name, state, out, packets=result["data_packets"], frames=joined.packets.n)
-    row.complete, row.statuses = result["statuses"].get("complete", 0), result["statuses"]
-    row.hidden = sum(result["statuses"].get(name, 0) for name in HIDDEN)
-    row.flagged = max(result["flagged"] - row.hidden, 0)
+    counted = joined.packets["is_data"] & ~np.isin(names, NOT_COUNTED)
+    row.complete, row.statuses = int((counted & (names == "complete")).sum()), result["statuses"]
+    row.excluded = int(np.isin(names, HIDDEN).sum())
+    row.hidden = int((counted & np.isin(names, HIDDEN)).sum())
+    row.flagged = result["flagged"] - row.hidden
     row.checked, row.misjoined, row.verdict = result["checked"], result["misjoined"] or 0, result["verdict"]
-    row.lost_share = lost_share(run)
+    row.lost_share, row.blind_tasks = lost_share(run), joined.gates["blind"].get("tasks", {})
     if scenario.proto == "udp":  # a datagram called dropped was looked for in the log too
         row.checked += int(((names == "dropped") & joined.packets["is_data"] & (numbers >= 0)).sum())
     if seen is not None:

@@ -1,9 +1,10 @@
 """The long draw: every scenario in every RPS state with at least 20,000 checked packets, summed up as one table.
 
-    sudo .venv/bin/python tests/live/long_draw.py OUT [--packets N] [--seconds S] [--only TEXT]
+    sudo .venv/bin/python tests/live/long_draw.py OUT [--packets N] [--seconds S] [--only TEXT] [--pages N]
 
 Recordings go to OUT, their verdicts to OUT/rows.jsonl; a second call goes on where the first one stopped. Recordings that no
-judge holds anything against are removed once judged. ``--seconds`` ends recording after that long (0: only judge).
+judge holds anything against are removed once judged. ``--seconds`` ends recording after that long (0: only judge). ``--pages 1``
+makes perf's ring buffers so small that it loses events: then no run may be trusted, and hardly a packet still claimed be wrong.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from scenarios import SCENARIOS, Scenario, record, witness_of
 
 from rxlab.errors import RxlabError
 from rxlab.host.journal import apply
+from rxlab.record.perfrecord import DEFAULT_PAGES
 
 ENOUGH = 20_000
 SPARE = 1.06  # a few packets of each run are not shown by perf
@@ -66,7 +68,7 @@ def record_all(folder: Path, options: argparse.Namespace) -> None:
             out = folder / f"{''.join(c if c.isalnum() else '-' for c in scenario.name)}-{state}-{repetition}"
             shutil.rmtree(out, ignore_errors=True)
             try:
-                run = record(scenario, state, out, int(options.packets * SPARE), journal)
+                run = record(scenario, state, out, int(options.packets * SPARE), journal, pages=options.pages)
             except RxlabError as error:
                 print(f"{out.name}: {error}", file=sys.stderr, flush=True)
                 continue
@@ -94,8 +96,8 @@ def judge_all(folder: Path) -> None:
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the rows summed up by scenario and state, as Markdown."""
     lines = [
-        "| scenario | RPS | data packets | checked | mis-joined | complete | not shown | flagged | verdicts | judges against |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| scenario | RPS | data packets | checked | mis-joined | complete | not shown | flagged | events lost | verdicts | judges against |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     order = {scenario.name: index for index, scenario in enumerate(SCENARIOS)}
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -105,18 +107,19 @@ def table(rows: list[dict[str, Any]]) -> str:
     for (name, state), group in [*groups.items(), (("all", ""), rows)]:
         total = {
             key: sum(row[key] for row in group)
-            for key in ("packets", "checked", "misjoined", "complete", "hidden", "flagged", "frames")
+            for key in ("packets", "checked", "misjoined", "complete", "hidden", "flagged", "frames", "excluded")
         }
         watched = sum(row["witness"].get(key, 0) for row in group for key in ("links_checked", "copies_checked"))
         wrong = sum(row["witness"].get(key, 0) for row in group for key in ("links_wrong", "copies_wrong"))
+        lost = sum(row["lost_share"] for row in group) / len(group)
         verdicts = ", ".join(f"{n} {word}" for word, n in Counter(row["verdict"] for row in group).items())
         against = "; ".join(sorted({reason for row in group for reason in row["failures"]})) if name != "all" else ""
         shown = max(total["packets"] - total["hidden"], 1)
         lines.append(
             f"| {name} | {state} | {total['packets']:,} | {total['checked']:,}"
             + (f" (bpftrace {wrong} of {watched:,} wrong)" if watched else "")
-            + f" | {total['misjoined']} | {total['complete'] / shown:.5f} | {total['hidden'] / max(total['frames'], 1):.3%}"
-            f" | {total['flagged']} | {verdicts} | {against[:120]} |"
+            + f" | {total['misjoined']} | {total['complete'] / shown:.5f} | {total['excluded'] / max(total['frames'], 1):.3%}"
+            f" | {total['flagged']} | {lost:.1%} | {verdicts} | {against[:120]} |"
         )
     return "\n".join(lines)
 
@@ -128,6 +131,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1e9, help="end recording after that long")
     parser.add_argument("--only", default="", help="scenarios whose name holds this text")
     parser.add_argument("--state", action="append", default=[], help="only this RPS state")
+    parser.add_argument("--pages", type=int, default=DEFAULT_PAGES, help="perf's ring buffer pages per CPU")
     parser.add_argument("--no-judge", action="store_true", help="record only")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
