@@ -114,7 +114,7 @@ def test_the_bias_of_recording_and_the_cpu_cost_are_said(html):
     size, unit = found[1].split()
     assert float(size) * {"ns": 1e-3, "µs": 1}[unit] == pytest.approx(1.5, abs=0.75)  # of one traced run each
     assert 20 <= int(found[2]) <= 80
-    assert "CPU cost: a message takes" in text
+    assert "CPU cost of rps_cpus=2 against rps_cpus=0" in text
     assert "less the estimated cost of recording" in text
 
 
@@ -157,6 +157,7 @@ def test_a_sweep_has_ranks_effects_and_a_runner_up(tmp_path, monkeypatch):
     text = " ".join(_Page(write_report(runs, tmp_path / "r.html").read_text()).text)
     assert "Of 4 configurations rps_cpus=2, gro=off has the lowest median" in text
     assert "Runner-up to rps_cpus=2, gro=off is rps_cpus=0, gro=o" in text
+    assert "CPU cost of rps_cpus=2, gro=off against rps_cpus=0, gro=off" in text
     assert "rps_cpus=2 with gro=on" in text
     assert drawn["layout"].dims == ("rps_cpus", "gro", "repetition")
     assert [(one.first, one.last) for one in drawn["ranks"]] == [(1, 1), (2, 3), (2, 3), (4, 4)]

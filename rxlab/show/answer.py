@@ -273,7 +273,9 @@ def _cost(pair: Pair) -> list[str]:
     if pair.cost is None:
         return []
     word = {BETTER: "cheaper", WORSE: "dearer", CANNOT_TELL: "cannot tell"}[pair.cost.verdict]
-    return [f"CPU cost: a message takes {comparison_words(pair.cost)} of CPU time in the kernel: {word}."]
+    return [
+        f"CPU cost of {pair.b} against {pair.a}, time in the kernel per message: {comparison_words(pair.cost)}: {word}."
+    ]
 
 
 def _what_it_takes(median: Comparison) -> list[str]:
@@ -373,7 +375,9 @@ def _answer_many(pairs: Sequence[Pair], metric: str | None, ranks: Sequence[effe
     baseline = known[0].a if len({pair.a for pair in pairs}) == 1 else "its baseline"
     others = "" if worse == len(known) else ", the others cannot be told from it"
     sentence = f"No configuration has a lower median than {baseline}: {worse} of {len(known)} are slower{others}."
-    return Answer(sentence, "baseline" if worse == len(known) else "cannot", _runner_up(ranks) + more)
+    second = next((pair for pair in known if len(ranks) > 1 and pair.b == ranks[1].label), None)
+    costs = _cost(second) if second else []
+    return Answer(sentence, "baseline" if worse == len(known) else "cannot", _runner_up(ranks) + costs + more)
 
 
 def _runner_up(ranks: Sequence[effects.Rank]) -> list[str]:
