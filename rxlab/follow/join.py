@@ -231,18 +231,20 @@ def _match(
     """Classify the stamp position and match packets to skbs in the windows that follow from it."""
     columns = path.columns
     rx_time, drv_time = path.time[:, _RX], path.time[:, STAGE_INDEX["driver_rx"]]
-    # netif_receive_skb sees the skb above its MAC header and without its VLAN tag, which libpcap puts back.
-    tag = np.where(received["vlan"] >= 0, 4, 0)
-    length = received["wire_len"].astype(np.int64) - 14 - tag
     has_driver = drv_time != NAT
+    # netif_receive_skb sees the skb above its MAC header, and without the VLAN tag that the NIC took off and libpcap puts
+    # back; a tag that the NIC left (the outer one of two, often) is still in it. The driver's event says which it is.
+    tag = np.where((received["vlan"] >= 0) & ~has_driver.any(), 4, 0)
+    length = received["wire_len"].astype(np.int64) - 14 - tag
+    skb_len = columns["len"] + 4 * (columns["vlan_tagged"] > 0)
     position, evidence = classify_stamp(
         stamp,
         length,
         drv_time[has_driver],
         (columns["stamp_high"] - drv_time)[has_driver],
-        columns["len"][has_driver],
+        skb_len[has_driver],
         rx_time,
-        columns["len"],
+        skb_len,
     )
     tolerance = _tolerance(clock)
     if clock.method == "cross_stamps":
@@ -263,7 +265,7 @@ def _match(
     # Two queues' polls overlap: what one driver got first it may hand up last. Each such window ends where its skb goes on.
     overtaking = has_driver if position == "bracket" else None
     matched = match_by_flow(
-        stamp, length, low, high, columns["len"], expected, overtaking, received["directed_flow"], columns["hash"],
+        stamp, length, low, high, skb_len, expected, overtaking, received["directed_flow"], columns["hash"],
         may_miss=lossy.any,
     )  # fmt: skip
     found = matched.event >= 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "udp-loss": ("loss 4% duplicate 4%", {**STREAM, "proto": "udp"}),
     "udp-reorder": ("delay 12ms reorder 30% 50%", {**STREAM, "proto": "udp"}),
 }
+QDISC = ["tc", "qdisc"]
 TAGS = {"vlan": ["802.1Q id 5"], "qinq": ["802.1ad id 7", "802.1Q id 8"]}
 
 
@@ -39,11 +41,15 @@ def counted(src: Endpoint) -> dict[str, Any]:
 
 
 def disturb(bed: Testbed, how: str) -> None:
-    """Put netem on the sending port."""
-    run_checked(
-        bed.src.command(
-            ["tc", "qdisc", "replace", "dev", bed.src.iface, "root", "netem", "limit", "10000", *how.split()]
-        )
+    """Put netem on the sending port; anew, since a change keeps what is not said."""
+    calm(bed)
+    run_checked(bed.src.command([*QDISC, "add", "dev", bed.src.iface, "root", "netem", "limit", "10000", *how.split()]))
+
+
+def calm(bed: Testbed) -> None:
+    """Take netem off again; there is none the first time."""
+    subprocess.run(
+        bed.src.command([*QDISC, "del", "dev", bed.src.iface, "root"]), stderr=subprocess.DEVNULL, check=False
     )
 
 
@@ -79,7 +85,7 @@ def main(folder: Path) -> None:
         for name, (how, load) in CASES.items():
             disturb(bed, how)
             record(name, Workload(**load))
-        run_checked(bed.src.command(["tc", "qdisc", "del", "dev", bed.src.iface, "root"]))
+        calm(bed)
         addresses = bed.src, bed.dst
         for number, (name, tags) in enumerate(TAGS.items()):
             tag(bed, tags, f"10.{80 + number}.0")
