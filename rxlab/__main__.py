@@ -294,6 +294,9 @@ def show(
     functions: Annotated[
         bool, typer.Option("--functions", help="The log of kernel functions by phase; RUN may be such a text file.")
     ] = False,
+    moves: Annotated[
+        bool, typer.Option("--moves", help="When a reader changed its CPU, and how long RFS took to follow.")
+    ] = False,
 ) -> None:
     """Print the life of one packet, hop by hop."""
     from rxlab.dataset.run import open_run
@@ -305,8 +308,13 @@ def show(
 
         print(phases_text(function_phases(run)))
         return
+    if moves:
+        from rxlab.pipeline import reader_moves_text
+
+        print(reader_moves_text(run))
+        return
     if packet is None and not slowest:
-        raise UsageError("nothing to show", expected="--packet N, --slowest N or --functions")
+        raise UsageError("nothing to show", expected="--packet N, --slowest N, --moves or --functions")
     tree = open_run(run).tree
     print(packet_life(tree, packet) if packet is not None else slowest_packets(tree, slowest))
 

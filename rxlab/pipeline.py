@@ -485,3 +485,12 @@ def inspect_file(path: str | os.PathLike[str]) -> dict[str, Any]:
         magic = stream.read(8)
     is_perf = magic in (b"PERFILE2", b"2ELIFREP", b"PERFFILE", b"ELIFFREP")
     return inspect_perfdata(file) if is_perf else inspect_pcap(file)
+
+
+def reader_moves_text(path: str | os.PathLike[str]) -> str:
+    """Return when the readers of a traced run changed their CPU and how long packets were processed elsewhere, as lines."""
+    from rxlab.follow.steering import reader_moves
+    from rxlab.show.facts import moves_text
+
+    run = open_run(path)
+    return moves_text(reader_moves(run.perf.events, run.joined), run.joined.flows.attrs["labels"])

@@ -347,8 +347,17 @@ EVENT_FILTERS: dict[str, str] = {
 }
 
 
+# Recorded instead of an event that the kernel lacks (rxlab/follow/older.py).
+SUBSTITUTES: dict[str, tuple[str, ...]] = {
+    "sock:sock_recv_length": tuple(
+        f"syscalls:sys_exit_{call}" for call in ("read", "readv", "recvfrom", "recvmsg", "recvmmsg")
+    ),
+}
+
+
 def stages_without(recorded: set[str]) -> list[str]:
     """Return the stages that cannot be seen when only the events in `recorded` exist."""
+    recorded = recorded | {name for name, others in SUBSTITUTES.items() if recorded.intersection(others)}
     return [stage.name for stage in STAGES if stage.events and not recorded.intersection(stage.events)]
 
 

@@ -21,6 +21,7 @@ from rxlab.follow.consumption import Consumption, Segments, receive_events, unwr
 from rxlab.follow.hidden import Hidden, hidden_windows
 from rxlab.follow.kernelpath import KernelPath, event_columns, follow_kernel
 from rxlab.follow.match import STALL_NS, TOLERANCE_NS, Matched, classify_stamp, match_by_flow
+from rxlab.follow.older import as_on_newer_kernels
 from rxlab.follow.queues import consume_datagrams
 from rxlab.follow.repeats import covered_segments
 from rxlab.follow.stagetable import StageTable
@@ -130,6 +131,7 @@ def join(
             found=", ".join(sorted(name for name in events if events[name].n)) or "no events",
             do="Record again with --events min, std or full.",
         )
+    events = as_on_newer_kernels(events)
     received, flows = _received(packets, machine)
     hidden, lossy, blind = hidden_windows(events, lost, lost_records)
     path = follow_kernel(events, machine.iface, machine.irqs, lossy)

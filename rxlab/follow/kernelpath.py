@@ -184,7 +184,12 @@ def _link_driver(
         path.time[use, at] = found["time"][row[use]]
         path.cpu[use, at] = found["cpu"][row[use]]
         path.rank[use, at] = rank[use]
-        for fact, field in (("rx_queue", "queue_mapping"), ("hash", "hash"), ("gso_size", "gso_size"), ("vlan_tagged",) * 2):
+        for fact, field in (
+            ("rx_queue", "queue_mapping"),
+            ("hash", "hash"),
+            ("gso_size", "gso_size"),
+            ("vlan_tagged",) * 2,
+        ):
             if field in found:
                 facts[fact][use] = found[field][row[use]]
     # skb_record_rx_queue() stores queue + 1, so 0 means "not recorded" (include/linux/skbuff.h).

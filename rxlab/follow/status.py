@@ -17,6 +17,7 @@ from rxlab.follow.consumption import Consumption
 from rxlab.follow.hidden import BLIND_AFTER_NS, BLIND_BEFORE_NS, Hidden
 from rxlab.follow.kernelpath import KernelPath, event_columns
 from rxlab.follow.match import Matched
+from rxlab.follow.older import readers_seen
 from rxlab.follow.stagetable import StageTable
 from rxlab.read.columns import Columns
 from rxlab.stages import ATTRIBUTIONS, STAGE_INDEX, STAGE_NAMES, STATUSES, stages_without
@@ -110,7 +111,8 @@ def required_stages(
         "recvmsg": is_data,
     }  # fmt: skip
     for stage, rows in needs.items():
-        if stage in recorded:
+        # Without a receive call nobody can say that a packet's path is complete.
+        if stage in recorded or stage == "recvmsg":
             required[:, STAGE_INDEX[stage]] = rows
     return required
 
@@ -162,7 +164,9 @@ def give_statuses(
     # were not delivered although perf reported no loss.
     overtaken = is_data & ~has_reader & (reason == 0) & _overtaken(columns, has_reader)
     status[missing] = code["incomplete"]
-    status[is_data & ~has_reader] = code["no_reader"]
+    # Where no receive call can be seen, none is known to be missing.
+    sees_reader = np.isin(columns["proto"], readers_seen(evidence.events))
+    status[is_data & ~has_reader & sees_reader] = code["no_reader"]
     status[is_data & ~has_reader & (reason > 0)] = code["dropped"]
     status[is_data & duplicate] = code["duplicate"]
     stamp = evidence.stamp

@@ -124,6 +124,8 @@ class PerfRecorder:
 
     def __post_init__(self) -> None:
         self.events, self.missing_events = split_events(self.events)
+        others = [name for event in self.missing_events for name in stages.SUBSTITUTES.get(event, ())]
+        self.events += split_events(name for name in others if name not in self.events)[0]
         if not self.events:
             raise CaptureError("none of the events asked for exists", found=", ".join(self.missing_events))
         self.filters = {event: expression for event in self.events if (expression := filter_of(event))}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rxlab.stages import stages_without
@@ -55,3 +55,16 @@ def _settings_lines(settings: Mapping[str, str], owner: str, indent: str) -> lis
     """Return settings that are not of one queue as lines, several to a line; queues have theirs."""
     texts = [f"{label.removesuffix(owner)}={value}" for label, value in settings.items() if "/" not in label]
     return textwrap.wrap("  ".join(texts), 118, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def moves_text(moves: Mapping[str, Any], flows: Sequence[str]) -> str:
+    """Return the moves of readers (:func:`rxlab.follow.steering.reader_moves`) as lines for a person."""
+    lines = []
+    for row in range(len(moves["time"])):
+        cell = {name: int(column[row]) for name, column in moves.items()}
+        follows = f"the first on CPU {cell['to_cpu']} {cell['lag_ns'] / 1000:.1f} us later"
+        lines.append(
+            f"reader {cell['tid']}, CPU {cell['from_cpu']} -> {cell['to_cpu']}: {cell['lag_packets']} packets of "
+            f"{flows[cell['flow']]} processed elsewhere, {follows if cell['lag_ns'] >= 0 else 'until it moved again'}"
+        )
+    return "\n".join(lines) or "no reader changed its CPU while packets came for it"

@@ -105,7 +105,13 @@ def run_in_guest(
     try:
         (folder / "now").write_text(f"{time.time():.0f}\n")
         inner = [word.replace("{folder}", str(folder)).replace("{python}", sys.executable) for word in argv]
-        given = {"GUEST_CACHE": CACHE, "GUEST_PYTHON": sys.executable, "PYTHONPATH": REPO, **(environment or {})}
+        given = {
+            "GUEST_CACHE": CACHE,
+            "GUEST_PYTHON": sys.executable,
+            "GUEST_SCENARIOS": REPO / "tests/vm/scenarios",
+            "PYTHONPATH": REPO,
+            **(environment or {}),
+        }
         variables = [f"{key}={value}" for key, value in given.items()]
         (folder / "command").write_text(shlex.join(["env", *variables, *inner]) + "\n")
         try:

@@ -1,4 +1,4 @@
-"""What the scenarios in Python share: where they record, and the patience that an emulated machine needs."""
+"""Where the scenarios record, and the patience that an emulated machine needs; run as a program, the ``rxlab`` command with it."""
 
 from __future__ import annotations
 
@@ -10,5 +10,12 @@ from rxlab.record import perfrecord, workload
 # In the guest's memory: perf would record its own writes to the shared folder, without end.
 LOCAL = Path("/run/guest")
 PORTS = f"ports:{os.environ['GUEST_PEER']},{os.environ['GUEST_NIC']}"
-perfrecord.ACK_TIMEOUT = 120.0
-workload.READY_TIMEOUT = 120.0
+# Of the guest's clock, which a busy host makes run fast: the kernel measures its rate once, against another one.
+perfrecord.ACK_TIMEOUT = 600.0
+perfrecord.STOP_TIMEOUT = 600.0
+workload.READY_TIMEOUT = 600.0
+
+if __name__ == "__main__":
+    from rxlab.__main__ import main
+
+    main()
