@@ -38,14 +38,8 @@ Allow = Annotated[
 YesNic = Annotated[
     bool, typer.Option("--yes-this-nic", help="Even on the interface this session or the default route uses.")
 ]
-Testbed = Annotated[
-    str | None,
-    typer.Option(
-        "--testbed",
-        metavar="[ports:IF1,IF2]",
-        help="Alone: the embedded testbed, two namespaces and a veth pair. ports: two NIC ports cabled together, IF2 is captured.",
-    ),
-]
+TESTBED_HELP = "Two namespaces and a veth pair; or two NIC ports that a cable joins, of which IF2 is captured."
+Testbed = Annotated[str | None, typer.Option("--testbed", metavar="[ports:IF1,IF2]", help=TESTBED_HELP)]
 Idle = Annotated[str, typer.Option(help="SCHED_IDLE spinner per CPU: auto, spin or off.")]
 Proto = Annotated[str, typer.Option(help="Protocol of the built-in workload: tcp or udp.")]
 Messages = Annotated[int, typer.Option(min=1, help="Messages the built-in workload sends.")]
@@ -422,12 +416,9 @@ def _usage(error: Any) -> int:
 def with_testbed_named(words: list[str]) -> list[str]:
     """Give a bare ``--testbed`` its value: Typer knows no option whose value may be left out."""
     end = words.index("--") if "--" in words else len(words)
-    named = list(words)
-    for at in range(end):
-        has_value = at + 1 < end and (words[at + 1] == "veth" or ":" in words[at + 1])
-        if words[at] == "--testbed" and not has_value:
-            named[at] = "--testbed=veth"
-    return named
+    named = {at for at in range(end - 1) if words[at + 1] == "veth" or ":" in words[at + 1]}
+    bare = {at for at in range(end) if words[at] == "--testbed"} - named
+    return ["--testbed=veth" if at in bare else word for at, word in enumerate(words)]
 
 
 def main() -> None:
