@@ -38,7 +38,7 @@ def test_the_runs_that_notebooks_name_are_there() -> None:
     assert len(RUNS) - len(TRACED) >= 6  # untraced repetitions of both configurations
 
 
-@pytest.mark.parametrize("name", [name for name in TRACED if name != "http"])
+@pytest.mark.parametrize("name", [name for name in TRACED if (DATA / name / "app.log").is_file()])
 def test_join_agrees_with_the_log(name: str) -> None:
     result = open_run(DATA / name).verify()
     assert result["verdict"] == "trusted", result["reasons"]
@@ -59,6 +59,17 @@ def test_http_request_is_followed_to_its_reader() -> None:
     seen = ~data["time"].isnull()
     for stage in ("driver_rx", "netif_receive_skb", "tcp_rcv", "data_ready", "copy", "recvmsg"):
         assert bool(seen.sel(stage=stage).all()), stage
+
+
+def test_a_page_over_a_real_nic_driver() -> None:
+    run = open_run(DATA / "curl-functions")
+    assert run.verify()["verdict"] == "trusted"
+    data = run.joined.packets["is_data"].astype(bool)
+    seen = run.joined.time[data] != NAT
+    for stage in ("hardirq", "softirq_raise", "softirq", "driver_rx", "tcp_rcv", "copy", "recvmsg"):
+        assert seen[:, STAGE_INDEX[stage]].all(), stage
+    log = run.rundir.file("functions.log").read_text()
+    assert sum(": " in line for line in log.splitlines() if not line.startswith("#")) == run.run["functions"]["calls"]
 
 
 @pytest.mark.parametrize("name", ["udp-rps-off", "udp-rps-on", "tcp-rps-off", "tcp-rps-on"])
