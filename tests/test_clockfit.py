@@ -52,6 +52,22 @@ def test_a_preempted_reading_is_not_a_step() -> None:
     assert clock.bound_ns <= 30
 
 
+def test_sandwiches_that_overlap_leave_less_open_than_the_narrowest() -> None:
+    taken = readings([OFFSET] * 2, width=40)
+    # Both contain the offset: one near its beginning, one near its end.
+    for row, share in zip(taken, (4, 36), strict=True):
+        row["real"] = row["mono_before"] + share + OFFSET
+    clock = fit_constant(taken)
+    assert abs(clock.offset_ns - OFFSET) <= 4
+    assert clock.bound_ns <= 6
+
+
+def test_a_step_below_the_threshold_is_inside_the_bound() -> None:
+    clock = fit_constant(readings([OFFSET] * 4 + [OFFSET + 150] * 4))
+    assert clock.segments.n == 1
+    assert max(abs(clock.offset_ns - OFFSET), abs(clock.offset_ns - OFFSET - 150)) <= clock.bound_ns
+
+
 @pytest.mark.parametrize(
     ("taken", "message"),
     [

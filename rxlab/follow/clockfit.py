@@ -37,7 +37,7 @@ class ClockMap:
     uncertain : int64 array, dims (step, 2), nanoseconds of CLOCK_REALTIME
         The intervals in which a step happened: the offset is unknown there.
     bound_ns : int
-        Largest possible error of a converted stamp: half the narrowest sandwich plus the spread inside a segment.
+        Largest possible error of a converted stamp: half of what all sandwiches of a segment leave open.
     residual : dict of float to float
         Quantile -> pcap stamp minus the event it is taken at, in nanoseconds; filled once packets are matched.
     stamp_position : str
@@ -134,12 +134,19 @@ def fit_constant(readings: list[dict[str, int]], *, where: str = "clock.json") -
     offsets = np.empty(len(edges) - 1, np.int64)
     bound = 0
     for index, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
-        narrow = low + int(np.argmin(width[low:high]))
-        offsets[index] = offset[narrow]
-        residual = offset[low:high] - offset[narrow]
-        trusted = width[low:high] <= 4 * max(int(width[narrow]), 25)
-        scatter = int(np.abs(residual[trusted]).max())
-        bound = max(bound, int(width[narrow]) // 2 + 1 + scatter)
+        offsets[index], open_ns = _common_offset(real[low:high] - after[low:high], real[low:high] - before[low:high])
+        bound = max(bound, open_ns)
     starts = np.concatenate(([NAT], real[steps + 1])).astype(np.int64)
     uncertain = np.stack([real[steps], real[steps + 1]], axis=1) if len(steps) else np.empty((0, 2), np.int64)
     return ClockMap(Columns({"start_real": starts, "offset": offsets}), np.sort(uncertain, axis=1), bound)
+
+
+def _common_offset(low: np.ndarray, high: np.ndarray) -> tuple[int, int]:
+    """Return the offset that every sandwich allows, and how far it may be off.
+
+    Each sandwich says that the offset lies between `low` and `high`, and it is one constant: it lies where all of them overlap
+    (Marzullo 1984). Where they do not, the clock was stepped by less than the threshold, and the bound covers both.
+    """
+    least, most = int(low.max()), int(high.min())
+    beyond = int((high - low).min()) if most < least else 0
+    return (least + most) // 2, abs(most - least) // 2 + 1 + beyond

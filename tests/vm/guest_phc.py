@@ -1,7 +1,8 @@
 """Runs in the guest: the igb's clock read, its stamping switched on and put back, and one run with hardware stamps recorded.
 
-The igb that QEMU emulates (82576) stamps PTP event messages only, so tcpdump cannot take its stamps (libpcap wants every packet
-stamped). This script sends such messages through the igb and writes the capture itself; all else is rxlab's own.
+The igb that QEMU emulates (82576) stamps PTP event messages only, and of those only what lies right above Ethernet, so tcpdump
+cannot take its stamps (libpcap wants every packet stamped). This script sends such messages through the igb and writes the
+capture itself; all else is rxlab's own.
 The folder to fill is the only argument.
 """
 
@@ -43,15 +44,16 @@ SO_TIMESTAMPING = 37
 RX_HARDWARE, RAW_HARDWARE = 1 << 2, 1 << 6
 # A PTP version 2 Sync message: messageType 0, versionPTP 2, messageLength 44, and a recognisable clock identity.
 SYNC = struct.pack(">BBHBBHqI8sHHBb10x", 0x00, 2, 44, 0, 0, 0, 0, 0, b"rxlab-ph", 1, 0, 0, 0)
-PTP_EVENT_PORT = 319
+ETH_P_1588 = 0x88F7
 SENDER = """
-import socket, sys, time, random
-out = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+import random, socket, sys, time
+out = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+out.bind((sys.argv[1], 0))
 random.seed(1)
 for number in range(int(sys.argv[2])):
-    message = bytearray.fromhex(sys.argv[3])
-    message[30:32] = number.to_bytes(2, "big")
-    out.sendto(message, (sys.argv[1], 319))
+    frame = bytearray.fromhex(sys.argv[3])
+    frame[44:46] = number.to_bytes(2, "big")
+    out.send(frame)
     time.sleep(random.expovariate(25))
 """
 
@@ -85,9 +87,9 @@ class HardwareCapture(threading.Thread):
         super().__init__(daemon=True)
         self.path, self.stop = path, threading.Event()
         self.packets: list[tuple[int, bytes]] = []
-        self.hardware = 0
-        self.socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800))
-        self.socket.bind((iface, 0x0800))
+        self.received = 0
+        self.socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_1588))
+        self.socket.bind((iface, ETH_P_1588))
         self.socket.settimeout(0.2)
         self.socket.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPING, RX_HARDWARE | RAW_HARDWARE)
 
@@ -98,12 +100,12 @@ class HardwareCapture(threading.Thread):
                 content, control, _, _ = self.socket.recvmsg(2048, 512)
             except TimeoutError:
                 continue
+            self.received += 1
             for level, kind, value in control:
                 if level == socket.SOL_SOCKET and kind == SO_TIMESTAMPING:
                     # struct scm_timestamping: software, unused, hardware
                     stamps = struct.unpack("=6q", value[:48])
                     if stamps[4] or stamps[5]:
-                        self.hardware += 1
                         self.packets.append((stamps[4] * 10**9 + stamps[5], content))
 
     def save(self) -> None:
@@ -112,6 +114,12 @@ class HardwareCapture(threading.Thread):
             stream.write(struct.pack("=IHHiIII", 0xA1B23C4D, 2, 4, 0, 0, 65535, 1))
             for at, content in self.packets:
                 stream.write(struct.pack("=IIII", at // 10**9, at % 10**9, len(content), len(content)) + content)
+
+
+def mac_of(iface: str, netns: str | None = None) -> bytes:
+    """Return an interface's hardware address."""
+    [mac] = local_identity(iface, netns)[0]
+    return bytes.fromhex(mac.replace(":", ""))
 
 
 def record(folder: Path, sender: str, captured: str) -> dict[str, Any]:
@@ -134,26 +142,16 @@ def record(folder: Path, sender: str, captured: str) -> dict[str, Any]:
         settings = parse_settings({"stamping": "ptpv2-event/on"}, captured)
         with journal.change(settings, inexact="record"), PtpClock(index) as clock:
             said["stamping_during"] = tool.stamping(captured)
-            listener = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-            listener.bind(("0.0.0.0", PTP_EVENT_PORT))
             capture = HardwareCapture(captured, run / "rx.pcap")
             with ClockSampler(phc=clock) as sampler:
                 perf = PerfRecorder(run / "perf.data", list(EVENT_PRESETS["std"]), 512)
                 perf.start()
                 capture.start()
                 started = time.time_ns()
-                argv = [sys.executable, "-c", SENDER, str(bed.dst.ipv4), str(MESSAGES), SYNC.hex()]
-                sending = subprocess.Popen(in_netns(bed.src.netns, argv))
-                listener.settimeout(5.0)
-                received = 0
-                while received < MESSAGES:
-                    try:
-                        listener.recv(2048)
-                    except TimeoutError:
-                        break
-                    received += 1
-                sending.wait(60)
-                time.sleep(0.3)
+                frame = mac_of(captured) + mac_of(sender, bed.src.netns) + ETH_P_1588.to_bytes(2, "big") + SYNC
+                argv = [sys.executable, "-c", SENDER, sender, str(MESSAGES), frame.hex()]
+                subprocess.run(in_netns(bed.src.netns, argv), check=True, timeout=120)
+                time.sleep(1.0)
                 stopped = time.time_ns()
                 told = perf.stop()
             capture.stop.set()
@@ -161,7 +159,7 @@ def record(folder: Path, sender: str, captured: str) -> dict[str, Any]:
             capture.save()
             write_json(run / "clock.json", sampler.to_json())
         said["stamping_after"] = tool.stamping(captured)
-        said |= {"received": received, "hardware_stamped": capture.hardware}
+        said |= {"received": capture.received, "hardware_stamped": len(capture.packets)}
         write_json(
             run / "run.json",
             {
