@@ -107,11 +107,12 @@ class Run:
     def joined(self) -> Joined:
         """The packets joined to the kernel's events."""
         clock = clock_of(self.rundir)
-        events, bound = on_monotonic(self.perf, self.rundir)
+        events, lost_records, bound = on_monotonic(self.perf, self.rundir)
         clock = replace(clock, bound_ns=clock.bound_ns + bound, perf_clock=str(self.perf.meta.get("clock") or ""))
         lost = int(self.perf.meta.get("lost_total", sum(self.perf.lost["count"].tolist())))
         machine = machine_of(self.run, self.host)
-        return join(events, self.packets, clock, machine, lost=lost, damage=damage_of(self.perf, self.packets))
+        damage = damage_of(self.perf, self.packets)
+        return join(events, self.packets, clock, machine, lost=lost, lost_records=lost_records, damage=damage)
 
     def missing_stages(self) -> list[str]:
         """Return the stages this recording cannot show, for want of their events."""
@@ -200,8 +201,8 @@ def clock_of(folder: RunDir) -> ClockMap:
     return fit_constant(content.get("readings") or [], where=where)
 
 
-def on_monotonic(perf: PerfData, folder: RunDir) -> tuple[Mapping[str, Columns], int]:
-    """Return a recording's events on CLOCK_MONOTONIC, and the bound of the conversion, ns.
+def on_monotonic(perf: PerfData, folder: RunDir) -> tuple[Mapping[str, Columns], Columns, int]:
+    """Return a recording's events and its records of losses on CLOCK_MONOTONIC, and the bound of the conversion, ns.
 
     Raises
     ------
@@ -216,7 +217,11 @@ def on_monotonic(perf: PerfData, folder: RunDir) -> tuple[Mapping[str, Columns],
             event: columns.with_columns(time=raw(columns["time"])) if columns.n else columns
             for event, columns in perf.events.items()
         }
-        return events, int(raw.bound.max())
+        told = perf.lost["time"]
+        lost = (
+            perf.lost.with_columns(time=np.where(told >= 0, raw(np.maximum(told, 0)), -1)) if perf.lost.n else perf.lost
+        )
+        return events, lost, int(raw.bound.max())
     if name not in (None, "CLOCK_MONOTONIC"):
         raise ClockError(
             "the recording's clock has no readings in this run",
@@ -225,7 +230,7 @@ def on_monotonic(perf: PerfData, folder: RunDir) -> tuple[Mapping[str, Columns],
             expected=f"CLOCK_MONOTONIC or {RAW_CLOCK} (perf record -k)",
             do="'rxlab analyze --perf FILE --pcap FILE' aligns it by its packets.",
         )
-    return perf.events, 0
+    return perf.events, perf.lost, 0
 
 
 def read_events(path: Path) -> PerfData:

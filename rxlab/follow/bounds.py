@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
+
+from rxlab.read.compiler import njit
 
 NOWHERE = np.iinfo(np.int64).min // 4
 

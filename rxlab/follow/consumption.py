@@ -34,6 +34,8 @@ class Segments:
         Before this nobody can have read the packet.
     is_repeat : bool array
         All of its bytes (TCP) had come before; it owns none.
+    is_freed : bool array
+        The kernel dropped it, and said why.
     """
 
     skb: np.ndarray
@@ -44,6 +46,7 @@ class Segments:
     is_udp: np.ndarray
     arrival: np.ndarray
     is_repeat: np.ndarray
+    is_freed: np.ndarray
 
 
 @dataclass
@@ -61,6 +64,8 @@ class Consumption:
     copies, receives : Columns
         The events themselves, without peeks among `copies`, which also have ``call`` (row of `receives`, -1: none) and
         ``doubtful``.
+    is_behind : bool array
+        A datagram queued behind another, on a kernel that calls data_ready only for the first.
     bytes_copied : dict
         Flow number -> bytes copied from its skbs, for the byte-sum gate.
     """
@@ -71,13 +76,14 @@ class Consumption:
     anchors_disagree: np.ndarray
     copies: Columns
     receives: Columns
+    is_behind: np.ndarray
     bytes_copied: dict[int, int] = field(default_factory=dict)
 
     @classmethod
     def blank(cls, n: int, copies: Columns, receives: Columns) -> Consumption:
         """Return a table of `n` packets of which none was consumed."""
         none = np.full(n, -1, np.int64)
-        return cls(none, none.copy(), none.copy(), np.zeros(n, bool), copies, receives)
+        return cls(none, none.copy(), none.copy(), np.zeros(n, bool), copies, receives, np.zeros(n, bool))
 
 
 def unwrap_sequence(seq: np.ndarray) -> np.ndarray:

@@ -145,7 +145,7 @@ def join(
     reason, reasons = drop_reasons(events, path, skb)
     flow = received["directed_flow"].astype(np.int64)
     repeat = covered_segments(flow, position, np.where(is_tcp, payload, 0), arrival, reason > 0)
-    segments = Segments(skb, received["directed_flow"], position, payload, is_tcp, is_udp, arrival, repeat)
+    segments = Segments(skb, received["directed_flow"], position, payload, is_tcp, is_udp, arrival, repeat, reason > 0)
     taken = consume(events, path, segments, hidden, lossy)
     rows = path.take(skb)
     if clock.method == "cross_stamps":
@@ -407,7 +407,9 @@ def _comm_of(events: Mapping[str, Columns], tid: np.ndarray) -> tuple[np.ndarray
 def _judge(rows: StageTable, columns: Columns, flows: Columns, evidence: Evidence) -> Joined:
     """Give every row a status, count coverage, compute the gates and the verdict."""
     recorded = recorded_stages(evidence.events)
-    required = required_stages(columns, rows.rank, evidence.path, evidence.matched.event, recorded)
+    required = required_stages(
+        columns, rows.rank, evidence.path, evidence.matched.event, recorded, evidence.taken.is_behind
+    )
     status, drop_reason, reasons_table = give_statuses(rows, columns, required, evidence)
     time_order = ORDER_INDEX[columns["path_kind"]]
     seen = np.take_along_axis(rows.time, time_order, axis=1) != NAT

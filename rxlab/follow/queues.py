@@ -22,8 +22,14 @@ from rxlab.read.columns import Columns
 from rxlab.stages import STAGE_INDEX
 
 EAGAIN = -11  # include/uapi/asm-generic/errno-base.h
+# Datagrams without data_ready that tell a kernel which leaves it out from one whose event was not delivered.
+MIN_BEHIND = 5
 # How long after netif_receive_skb a datagram is queued, at most, when nothing interrupts it.
 QUEUE_NS = 50_000
+# How far apart two CPUs must have received two datagrams for their order in the queue to be known, without data_ready.
+RACE_NS = 10_000
+# A socket that took less than one in this many of a flow's datagrams took none.
+FOREIGN_SHARE = 20
 # A socket that nobody read for this long before its first datagram had nothing to read.
 QUIET_NS = 10_000_000
 _RX, _READY = STAGE_INDEX["netif_receive_skb"], STAGE_INDEX["data_ready"]
@@ -46,6 +52,10 @@ class Queue:
     waking : int64 array
         Rank of the wake-up its data_ready made, -1 where none; with the task woken in ``woken``.
     woken : int64 array
+    is_sure : bool array
+        It was queued; else it may have been dropped.
+    is_first : bool
+        data_ready says that the queue was empty.
     """
 
     packet: np.ndarray
@@ -54,6 +64,8 @@ class Queue:
     length: np.ndarray
     waking: np.ndarray
     woken: np.ndarray
+    is_sure: np.ndarray
+    is_first: bool
 
 
 @dataclass(frozen=True)
@@ -84,9 +96,11 @@ def consume_datagrams(
     Where a task is blind its softirqs are not seen, so datagrams may be missing (`hidden`); the calls of a reader that is
     not blind itself are all there, except where events were lost (`lossy`).
     """
-    packets, ready_rank, socket = _queued(path, segments, hidden)
+    packets, ready_rank, socket, sure = _queued(events, path, segments, hidden)
     order = np.lexsort((np.arange(len(packets)), socket))
-    packets, ready_rank, socket = packets[order], ready_rank[order], socket[order]
+    packets, ready_rank, socket, sure = packets[order], ready_rank[order], socket[order], sure[order]
+    # Some surely queued, and nobody told: this kernel calls data_ready only where the queue was empty.
+    is_first = bool((sure & (ready_rank < 0)).sum() >= MIN_BEHIND)
     waking, woken = first_wakes(events, path, np.where(ready_rank >= 0, segments.skb[packets], -1), hidden)
     receives = result.receives
     taking = np.flatnonzero((receives["protocol"] != 6) & ((receives["flags"] & MSG_PEEK) == 0))
@@ -99,20 +113,32 @@ def consume_datagrams(
         first, stop = np.searchsorted(call_socket, [socket[low], socket[low] + np.uint64(1)])
         mine = slice(low, high)
         rows = packets[mine]
-        queue = Queue(rows, ready_rank[mine], segments.arrival[rows], segments.length[rows], waking[mine], woken[mine])
+        queue = Queue(
+            rows,
+            ready_rank[mine],
+            segments.arrival[rows],
+            segments.length[rows],
+            waking[mine],
+            woken[mine],
+            sure[mine],
+            is_first,
+        )
         _consume_queue(result, queue, taking[first:stop], begun, lossy)
     _doubt_crossed(result, path, segments, packets, socket)
 
 
-def _queued(path: KernelPath, segments: Segments, hidden: Hidden) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the packets that were, or may have been, queued: row, rank of data_ready (-1: not seen) and socket, in queue order.
+def _queued(
+    events: Mapping[str, Columns], path: KernelPath, segments: Segments, hidden: Hidden
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return the packets that were, or may have been, queued: row, rank of data_ready (-1: not seen), socket, whether it surely was.
 
-    A packet that was captured and whose flow feeds one socket only may have been queued there although perf did not deliver
-    its events; leaving it out would shift every later datagram by one. One that entered the stack and was not
-    queued, with nothing hidden, was dropped and has no place.
+    Sorted by arrival, which is queue order on one socket except where CPUs race. Since Linux 6.10 data_ready is only called
+    where the queue was empty (__udp_enqueue_schedule_skb, "becomes_readable"): a datagram without it was dropped, where the
+    kernel says so, or waits behind another. One that was captured and of which perf delivered nothing may be either.
     """
     skb, flow = segments.skb, segments.flow
     packets = np.flatnonzero(segments.is_udp & (flow >= 0))
+    _forget_foreign(path, segments, packets)
     ready_rank = pick(path.rank[:, _READY], skb[packets], -1)
     seen = ready_rank >= 0
     socket = np.where(seen, pick(path.columns["socket"], skb[packets], 0), 0).astype(np.uint64)
@@ -121,20 +147,32 @@ def _queued(path: KernelPath, segments: Segments, hidden: Hidden) -> tuple[np.nd
     high = np.zeros(len(numbers), np.uint64)
     np.minimum.at(low, inverse[seen], socket[seen])
     np.maximum.at(high, inverse[seen], socket[seen])
+    place = ~seen & ~segments.is_freed[packets] & (low == high)[inverse]
     received = pick(path.time[:, _RX], skb[packets], NAT)
-    cpu = pick(path.cpu[:, _RX], skb[packets], -1)
-    unseen = (received == NAT) | hidden.touch(received, received + QUEUE_NS, cpu)
-    place = ~seen & unseen & (low == high)[inverse]
+    told = (received != NAT) & ~hidden.touch(received, received + QUEUE_NS, pick(path.cpu[:, _RX], skb[packets], -1))
+    # Without the events that tell of drops, a datagram that was not made ready may be one.
+    sure = seen | (told if "skb:kfree_skb" in events else np.zeros(len(packets), bool))
     socket = np.where(place, high[inverse], socket)
-    keep = seen | place
-    packets, ready_rank, socket = packets[keep], ready_rank[keep], socket[keep]
-    # In capture order, which is queue order on one socket except where CPUs race; seen ranks then put it right.
-    order = np.argsort(segments.arrival[packets], kind="stable")
-    packets, ready_rank, socket = packets[order], ready_rank[order], socket[order]
-    slots = np.flatnonzero(ready_rank >= 0)
-    ranked = slots[np.argsort(ready_rank[slots], kind="stable")]
-    packets[slots], socket[slots], ready_rank[slots] = packets[ranked], socket[ranked], ready_rank[ranked]
-    return packets, ready_rank, socket
+    keep = np.flatnonzero(seen | place)
+    keep = keep[np.argsort(segments.arrival[packets[keep]], kind="stable")]
+    return packets[keep], ready_rank[keep], socket[keep], sure[keep]
+
+
+def _forget_foreign(path: KernelPath, segments: Segments, packets: np.ndarray) -> None:
+    """Forget data_ready of datagrams that were dropped, or whose flow feeds another socket: the event was another packet's."""
+    skb = segments.skb[packets]
+    linked = np.flatnonzero((skb >= 0) & (pick(path.rank[:, _READY], skb, -1) >= 0))
+    if not len(linked):
+        return
+    socket = path.columns["socket"][skb[linked]].astype(np.uint64)
+    flow = segments.flow[packets[linked]].astype(np.int64)
+    sockets, code = np.unique(socket, return_inverse=True)
+    pairs, inverse, count = np.unique(flow * len(sockets) + code, return_inverse=True, return_counts=True)
+    total = np.bincount(flow)
+    foreign = (count * FOREIGN_SHARE < total[pairs // len(sockets)])[inverse]
+    rows = skb[linked[foreign | segments.is_freed[packets[linked]]]]
+    path.unset("data_ready", rows)
+    path.columns["socket"][rows] = 0
 
 
 def _consume_queue(result: Consumption, queue: Queue, calls: np.ndarray, begun: Begun, lossy: Hidden) -> None:
@@ -148,10 +186,13 @@ def _consume_queue(result: Consumption, queue: Queue, calls: np.ndarray, begun: 
     returned = receives["ret"][calls].astype(np.int64)
     place, takes = np.arange(len(queue.packet)), returned >= 0
     # A datagram whose data_ready was not seen may have been dropped: the call after the one before it may have skipped it.
-    is_sure = queue.ready_rank >= 0
-    preceding = np.concatenate(([-2, -1], np.maximum.accumulate(np.where(is_sure, place, -1))))[: len(place) + 1]
-    following = _next_sure(is_sure)
-    bounds = close_in(_bounded(receives, queue, calls, begun, lossy, following), following, preceding)
+    preceding = np.concatenate(([-2, -1], np.maximum.accumulate(np.where(queue.is_sure, place, -1))))[: len(place) + 1]
+    following = _next_sure(queue.is_sure)
+    own = _bounded(receives, queue, calls, begun, lossy, following)
+    is_single = bool((tid == tid[0]).all())
+    if queue.is_first and is_single:
+        _bound_emptied(own.low, receives, queue, calls, preceding)
+    bounds = close_in(own, following, preceding)
     at, known = bounds.place, takes & (bounds.place >= 0) & (bounds.place < len(place))
     slot = np.where(known, at, 0)
     # A reader's buffer may be smaller than its datagrams: then every such call returns as much as it holds.
@@ -169,6 +210,9 @@ def _consume_queue(result: Consumption, queue: Queue, calls: np.ndarray, begun: 
     vague = takes & ~fits & (bounds.high >= 0)
     np.add.at(doubt, np.clip(bounds.low[vague], 0, len(place)), 1)
     np.add.at(doubt, np.clip(bounds.high[vague] + 1, 0, len(place)), -1)
+    behind = np.zeros(len(place), bool)
+    behind[1:] = pick(receives["time"], result.receive[queue.packet[:-1]], -1) > queue.arrival[1:]
+    result.is_behind[queue.packet] = behind & queue.is_first
     in_doubt = (np.cumsum(doubt)[:-1] > 0) & (result.receive[queue.packet] < 0)
     result.anchors_disagree[queue.packet] |= in_doubt | _overtaken_in_call(result, queue)
 
@@ -201,6 +245,17 @@ def _bound_woken(low: np.ndarray, receives: Columns, queue: Queue, calls: np.nda
     mine = AsOf(receives["rank"][calls[rows]], receives["tid"][calls[rows]].astype(np.int64))
     call = mine.first_after(queue.waking[woke], queue.woken[woke])
     np.maximum.at(low, rows[call[call >= 0]], woke[call >= 0])
+
+
+def _bound_emptied(low: np.ndarray, receives: Columns, queue: Queue, calls: np.ndarray, preceding: np.ndarray) -> None:
+    """Raise the bounds of calls that returned after a datagram found the queue empty: all before it had been read.
+
+    The call that returns next may have taken the one before.
+    """
+    first = np.flatnonzero(queue.ready_rank >= 0)
+    call = np.searchsorted(receives["rank"][calls], queue.ready_rank[first])
+    inside = call < len(calls)
+    np.maximum.at(low, call[inside], preceding[first[inside] + 1])
 
 
 def _bound_refused(low: np.ndarray, receives: Columns, queue: Queue, calls: np.ndarray, begun: Begun) -> None:
@@ -251,7 +306,8 @@ def _doubt_crossed(
     skb = segments.skb[packets]
     received, ready = pick(path.time[:, _RX], skb, NAT), pick(path.time[:, _READY], skb, NAT)
     cpu = pick(path.cpu[:, _RX], skb, -1)
+    ready = np.where(ready == NAT, received + RACE_NS, ready)
     crossed = (socket[1:] == socket[:-1]) & (cpu[1:] != cpu[:-1]) & (received[1:] < ready[:-1])
-    crossed &= (received[1:] != NAT) & (ready[:-1] != NAT)
+    crossed &= (received[1:] != NAT) & (received[:-1] != NAT)
     result.anchors_disagree[packets[1:][crossed]] = True
     result.anchors_disagree[packets[:-1][crossed]] = True

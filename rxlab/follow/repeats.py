@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from rxlab.read.compiler import njit
 
 # Pieces of a stream held beyond its contiguous part while a hole is open; a sender's window has fewer holes than this.
 MAX_PIECES = 256

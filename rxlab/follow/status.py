@@ -84,7 +84,7 @@ def recorded_stages(events: Mapping[str, Columns]) -> set[str]:
 
 
 def required_stages(
-    columns: Columns, rank: np.ndarray, path: KernelPath, skb: np.ndarray, recorded: set[str]
+    columns: Columns, rank: np.ndarray, path: KernelPath, skb: np.ndarray, recorded: set[str], is_behind: np.ndarray
 ) -> np.ndarray:
     """Tell which stages each row must show, by path kind, protocol and attribution class.
 
@@ -101,8 +101,8 @@ def required_stages(
         "driver_rx": is_data,
         "netif_receive_skb": np.ones(n, bool),
         "tcp_rcv": is_data & is_tcp & ~merged,
-        # An out-of-order segment is queued without waking anybody; UDP always calls data_ready.
-        "data_ready": is_data & ~(is_tcp & (merged | late)),
+        # An out-of-order segment is queued without waking anybody, and so is a datagram behind another since Linux 6.10.
+        "data_ready": is_data & ~(is_tcp & (merged | late)) & ~is_behind,
         "waking": is_data & (attribution == ATTRIBUTIONS.index("own_wake")),
         "wakeup": is_data & (attribution == ATTRIBUTIONS.index("own_wake")),
         # A reader without attribution: what woke it is not known, so its switch-in is missing.

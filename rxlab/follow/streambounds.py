@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
 from rxlab.follow.asof import AsOf, pick
 from rxlab.follow.bounds import NOWHERE, Calls, close_in
 from rxlab.follow.consumption import MSG_PEEK, Consumption, Segments
 from rxlab.follow.hidden import Hidden
 from rxlab.follow.kernelpath import KernelPath
+from rxlab.read.compiler import njit
 
 MSG_WAITALL = 0x100  # include/linux/socket.h
 
