@@ -67,6 +67,8 @@ def test_a_log_is_written_and_the_instance_is_gone(tracefs: Path, tmp_path: Path
     log = tmp_path / "functions.log"
     recorder = FunctionRecorder(log, ["tcp_*", "no_such*"], registered.append, root=tracefs)
     recorder.start()
+    assert (tracefs / "sys/kernel/tracing/instances" / recorder.name / "tracing_on").read_text() == "0"
+    recorder.switch_on()
     instance = tracefs / "sys/kernel/tracing/instances" / recorder.name
     assert registered == [recorder.name]
     assert [(instance / name).read_text() for name in ("trace_clock", "current_tracer", "tracing_on")] == [

@@ -376,6 +376,9 @@ def run_traffic(session: Session, duration: float | None, progress: Callable[[fl
     try:
         if traffic is not None:
             traffic.prepare()
+        if session.functions is not None:
+            session.functions.switch_on()
+        if traffic is not None:
             traffic.go()
         session.has_begun = True
         start = time.monotonic()

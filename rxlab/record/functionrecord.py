@@ -88,7 +88,7 @@ class FunctionRecorder:
         self.is_on = False
 
     def start(self) -> None:
-        """Make the instance, set filter, clock and buffer, and switch it on.
+        """Make the instance with filter, clock, buffer and tracer; nothing is logged before :meth:`switch_on`.
 
         Raises
         ------
@@ -117,7 +117,6 @@ class FunctionRecorder:
                     do=_SEE_FUNCTIONS,
                 )
             (instance / "current_tracer").write_text("function")
-            (instance / "tracing_on").write_text("1")
         except OSError as error:
             raise CaptureError(
                 "cannot record a function log",
@@ -125,6 +124,10 @@ class FunctionRecorder:
                 found=error.strerror,
                 do="Run 'rxlab doctor', or leave --functions out.",
             ) from None
+
+    def switch_on(self) -> None:
+        """Log from now on: the log is then of the traffic, not of its preparation."""
+        (instance_folder(self.name, self._root) / "tracing_on").write_text("1")
 
     def stop(self) -> dict[str, Any]:
         """Switch it off, write the log, remove the instance; return what run.json keeps."""
