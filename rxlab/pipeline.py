@@ -360,19 +360,19 @@ def _analyze_and_report(
     return write_report(runs, folder / "report.html", recorded=recorded)
 
 
-def function_phases(path: str | os.PathLike[str]) -> Columns:
+def function_phases(path: str | os.PathLike[str], **options: Any) -> Columns:
     """Return the phases of a run's function log, or of a text file with one (:func:`rxlab.follow.functionphases.find_phases`)."""
     from rxlab.follow.functionphases import find_phases
     from rxlab.read.tracetext import read_function_log
 
     if Path(path).is_file():
-        return find_phases(read_function_log(path))
+        return find_phases(read_function_log(path), **options)
     run = rundir.open_rundir(path)
     if not run.has(rundir.FUNCTIONS_LOG):
         raise FormatError(
             "no function log in this run", where=str(path), do="Record one: rxlab capture --functions 'tcp_*,*socket*'."
         )
-    return find_phases(read_function_log(run.file(rundir.FUNCTIONS_LOG)))
+    return find_phases(read_function_log(run.file(rundir.FUNCTIONS_LOG)), **options)
 
 
 def write_report(

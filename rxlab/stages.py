@@ -196,6 +196,7 @@ PHASES: tuple[Phase, ...] = (
         "a socket is made, bound, given options",
         (
             "*sys_socket",
+            "*sys_socketpair",
             "*socket_create",
             "*socket_post_create",
             "sock_alloc*",

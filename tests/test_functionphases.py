@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rxlab.follow.functionphases import PHASE_NAMES, find_phases, phase_of
+from rxlab.follow.functionphases import PHASE_NAMES, during, find_phases, phase_of
 from rxlab.read.tracetext import read_function_log
 
 LOG = """# tracer: function
@@ -64,6 +64,12 @@ def test_a_pause_ends_a_span(tmp_path: Path) -> None:
     spans = find_phases(read_function_log(path))
     assert (spans["calls"].tolist(), spans["gap"].tolist()) == ([2, 1], [-1, 101_000])
     assert find_phases(read_function_log(path), pause_ns=10**9)["calls"].tolist() == [3]
+
+
+def test_what_happened_while_a_task_was_at_it(spans) -> None:
+    assert words(during(spans, "nginx"), "comm") == ["nginx"]
+    assert words(during(spans, "curl"), "comm") == words(spans, "comm")
+    assert during(spans, "wget").n == 0
 
 
 def test_no_call_is_lost_or_counted_twice(tmp_path: Path) -> None:

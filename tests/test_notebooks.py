@@ -18,7 +18,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 NAMES = (
     "00_start_here", "01_one_packet", "02_align_clocks", "03_where_time_goes", "04_rps_rfs", "05_irq_and_cpu_affinity",
-    "06_observer_effect", "07_slowest_packets", "90_capture_on_your_host", "99_report",
+    "06_observer_effect", "07_slowest_packets", "08_kernel_function_log", "90_capture_on_your_host", "99_report",
 )  # fmt: skip
 LONGEST_CELL = 30
 # Nobody waits longer for a page of results.

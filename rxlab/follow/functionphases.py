@@ -76,6 +76,15 @@ def find_phases(calls: Columns, *, pause_ns: int = PAUSE_NS) -> Columns:
     return spans.take(np.lexsort((first, spans["start"])))
 
 
+def during(spans: Columns, comm: str) -> Columns:
+    """Return the spans, of all contexts, from the first to the last one of a task; none where the task is not in the log."""
+    names = spans.attrs["categories"]["comm"]
+    rows = np.flatnonzero(spans["comm"] == names.index(comm)) if comm in names else np.empty(0, np.int64)
+    if not len(rows):
+        return spans.take(rows)
+    return spans.take((spans["start"] >= spans["start"][rows[0]]) & (spans["start"] <= spans["end"][rows].max()))
+
+
 def _contexts(calls: Columns) -> np.ndarray:
     """Return a number from 0 for each call's context: its task, or in an interrupt its CPU."""
     key = np.where(calls["in_interrupt"] == 1, -1 - calls["cpu"].astype(np.int64), calls["pid"])

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from rxlab.follow.functionphases import PHASE_NAMES
 from rxlab.read.columns import Columns
@@ -95,7 +96,9 @@ def plot_phases(spans: Columns) -> Figure:
     axes.set_yticks(range(len(lanes)), lanes)
     axes.invert_yaxis()
     axes.set_xlim(-0.01 * width, 1.02 * width)
-    axes.set_xlabel("µs inside the kernel's network functions (dashed: a gap, cut out)")
+    scale, unit = (1e3, "ms") if width > 5e3 else (1, "µs")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / scale:g}"))
+    axes.set_xlabel(f"{unit} inside the kernel's network functions (dashed: a gap, cut out)")
     axes.grid(visible=False, axis="y")
     seen = [name for name in PHASE_NAMES if name in phase]
     handles = [axes.barh(0, 0, color=COLOURS[name], label=name) for name in seen]
