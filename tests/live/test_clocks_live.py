@@ -1,0 +1,88 @@
+"""Clocks of this machine: readings that repeat, recordings on another clock than MONOTONIC, and the envelope on a real floor.
+
+The long part (``RXLAB_LONG=1``) records 20 s of its own and judges 200 random perturbations of it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rxlab.dataset.run import Run, open_run
+from rxlab.follow.clockfit import NAT, fit_constant
+from rxlab.follow.envelope import fit_envelope
+from rxlab.host.clockread import read_clocks
+from rxlab.host.journal import Transaction
+from rxlab.record.capture import capture
+from rxlab.record.testbed import Testbed
+from rxlab.record.workload import Workload
+from rxlab.stages import STAGE_INDEX
+
+SECOND = 10**9
+
+
+def record(folder: Path, testbed: Testbed, journal: Transaction, messages: int, clock: str = "CLOCK_MONOTONIC") -> Run:
+    load = Workload(proto="udp", mode="open", rate=3_000.0, messages=messages)
+    run = capture(folder, testbed=testbed, workload=load, transaction=journal, perf_clock=clock)
+    return open_run(run.path)
+
+
+def test_realtime_minus_monotonic_repeats_to_10_ns() -> None:
+    readings = [read_clocks("during") for _ in range(400)]
+    offsets = [fit_constant(readings[part::4]).offset_ns for part in range(4)]
+    assert max(offsets) - min(offsets) <= 10
+
+
+def test_recording_on_raw_is_converted_by_the_readings(tmp_path: Path, testbed: Testbed, journal: Transaction) -> None:
+    """Judge: tcpdump's stamps, of another clock, lie inside netif_rx of their own packet; and the application's log."""
+    run = record(tmp_path / "run", testbed, journal, 4_000, "CLOCK_MONOTONIC_RAW")
+    assert run.perf.meta["clock"] == "CLOCK_MONOTONIC_RAW"
+    joined = run.joined
+    assert joined.clock.perf_clock == "CLOCK_MONOTONIC_RAW"
+    assert joined.clock.stamp_evidence["bracket"] >= 0.99
+    assert joined.clock.bound_ns <= 1_000
+    result = run.verify()
+    assert result["misjoined"] == 0
+    assert result["checked"] >= 0.9 * result["data_packets"]
+    # Without the conversion the two clocks are apart by the slewing since boot: nothing would match.
+    raw = [reading["raw"] - reading["raw_before"] for reading in run.rundir.json("clock.json")["readings"]]
+    if min(abs(offset) for offset in raw) > 1_000_000:
+        first = run.perf.events["net:netif_receive_skb"]["time"][0]
+        assert abs(int(first) - int(joined.time[joined.time != NAT].min())) > 100_000
+
+
+@pytest.mark.skipif(os.environ.get("RXLAB_LONG") != "1", reason="on demand: RXLAB_LONG=1")
+def test_bound_on_a_recording_nobody_has_seen(tmp_path: Path, testbed: Testbed, journal: Transaction) -> None:
+    joined = record(tmp_path / "run", testbed, journal, 60_000).joined
+    event = joined.time[:, STAGE_INDEX["softirq_raise"]]
+    rows = np.flatnonzero((event != NAT) & (joined.packets["pcap_frame"] > 0))
+    arrival, event = joined.clock.to_monotonic(joined.packets["pcap_time"][rows]), event[rows]
+    errors, bounds = [], []
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        t = (arrival - arrival[0]).astype(np.float64)
+        steered = rng.uniform(-100, 100) * 1e-6 * t + rng.choice([0.0, rng.uniform(0, 1_500)]) * np.sin(
+            2 * np.pi * t / (20 * SECOND) + rng.uniform(0, 6.28)
+        )
+        steered += 0.5 * rng.choice([0.0, rng.uniform(-20, 20)]) * 1e-18 * t * t
+        step = np.where(t > t[-1] / 2, rng.choice([0, 0, 37 * SECOND]), 0)
+        true = arrival + int(rng.integers(-(10**13), 10**13)) + np.rint(steered).astype(np.int64) + step
+        wrong = (rng.random(len(true)) < rng.choice([0.0, 0.0, 0.001, 0.01])) * rng.choice([-1, 1], len(true))
+        quantum = int(rng.choice([1, 8, 64, 1_000]))
+        stamp = (true + wrong * rng.integers(1_000, 50_000, len(true))) // quantum * quantum
+        found = fit_envelope(stamp, event)
+        if "sparse_floor" in found.flags:
+            continue
+        error = found.to_event_clock(true, event) - arrival
+        errors.append(float(np.abs(error - np.median(error)).max()))
+        bounds.append(found.bound_ns)
+    within = float((np.array(errors) <= np.array(bounds)).mean())
+    print(
+        f"{len(errors)} judged, within {within:.4f}, median error {np.median(errors):.0f}, bound {np.median(bounds):.0f} ns"
+    )
+    assert len(errors) >= 150
+    assert within >= 0.99
+    assert np.median(np.array(bounds) / np.maximum(errors, 3)) <= 4
