@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 from judging import Row, draw
-from scenarios import SCENARIOS, Scenario
+from scenarios import SCENARIOS, Scenario, record, witness_of
+from witness import Seen, judge
 
+from rxlab.dataset.run import open_run
 from rxlab.host.journal import Transaction, apply
 
 PACKETS = 1500
@@ -54,3 +56,18 @@ def test_a_recording_with_losses_is_never_trusted(host: Transaction, tmp_path: P
     assert row.lost_share > 0
     assert row.verdict != "trusted"
     assert row.misjoined <= MAX_WRONG_OF_LOSSY * row.checked
+
+
+def test_packets_matched_to_their_neighbours_skb_are_caught_by_the_witness(host: Transaction, tmp_path: Path) -> None:
+    """The join shifted by one packet: bpftrace read another number in each skb."""
+    scenario = next(scenario for scenario in SCENARIOS if scenario.witness == "links")
+    run = open_run(record(scenario, "off", tmp_path / "run", PACKETS, host).path)
+    joined, seen = run.joined, Seen(witness_of(run.path))
+    numbers = joined.packets["seq"].astype("int64")
+    honest = judge(joined, run.perf.events, seen, numbers)
+    assert honest["links_checked"] >= 0.9 * PACKETS
+    assert honest["links_wrong"] == 0
+    joined.packets["skb"][:-1] = joined.packets["skb"][1:].copy()
+    joined.time[:-1] = joined.time[1:].copy()
+    broken = judge(joined, run.perf.events, seen, numbers)
+    assert broken["links_wrong"] >= 0.9 * broken["links_checked"] > 0
