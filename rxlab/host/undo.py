@@ -137,9 +137,12 @@ def restore_change(
             report.foreign.append(f"{setting.label} is {now}, we had left it at {last_seen}")
         else:
             todo.append((setting, before))
-    # A write of low rank may reset settings of higher rank, or bring their queues back: each is looked at when its turn comes.
-    # What a driver refuses because of another setting (fewer channels than the RSS table uses) is tried again after that.
+    # First backwards, through states that the host has been in: veth cannot leave threaded NAPI when GRO, and with it NAPI, is off
+    # already. Then forwards, because a write of low rank may have reset settings of higher rank or brought their queues back;
+    # what a driver refuses because of another setting (fewer channels than the RSS table uses) is tried again after that.
     todo.sort(key=lambda item: (item[0].rank == IRQBALANCE, item[0].rank))
+    written = [item for item in todo if item[0].wanted is not None and item[0].rank != IRQBALANCE]
+    _write_back_all(reversed(written), access_of, report)
     for _ in range(PASSES):
         errors = _write_back_all(todo, access_of, report)
         values = {setting.id: _value(setting, access_of) for setting, _ in todo}
