@@ -284,6 +284,9 @@ def _signal(pid: int, start: int, number: signal.Signals) -> None:
         return
     try:
         if process_start(pid) == start:
+            if os.sched_getscheduler(pid) == os.SCHED_IDLE:
+                # A spinner would die only when the CPU has nothing else to do.
+                os.sched_setscheduler(pid, os.SCHED_OTHER, os.sched_param(0))
             signal.pidfd_send_signal(descriptor, number)
     except OSError:
         pass

@@ -22,6 +22,7 @@ from typing import Any
 from rxlab.errors import RxlabError, UsageError
 from rxlab.host.clockread import ClockSampler
 from rxlab.host.counters import difference, read_counters
+from rxlab.host.hostdiff import settings_drift
 from rxlab.host.journal import Transaction, apply
 from rxlab.host.phc import PtpClock
 from rxlab.host.topology import local_identity, snapshot_host
@@ -44,6 +45,7 @@ from rxlab.rundir import (
     RUN_JSON,
     RunDir,
     open_rundir,
+    read_json,
     write_json,
 )
 
@@ -461,6 +463,10 @@ def conclude(session: Session) -> None:
         if codes.get(f"{who}_exit_code") not in (0, None):
             session.problem(f"the workload's {who} ended with status {codes[f'{who}_exit_code']}" + said(session, who))
     got["settings"] = dict(session.transaction.got)
+    drift = settings_drift(read_json(session.out / HOST_JSON), session.dst.iface, session.dst.netns)
+    got["drift"] = {label: list(values) for label, values in drift.items()}
+    for label, (then, now) in drift.items():
+        session.problem(f"{label} was {then} at the start and is {now} at the end: somebody else changed it")
     got["seconds"] = (session.run["stop_ns"] - session.run["start_ns"]) / 1e9
     got["bytes"] = {entry.name: entry.stat().st_size for entry in sorted(session.out.iterdir()) if entry.is_file()}
     if session.run["perf"] and session.run["perf"]["lost"]:
