@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -214,3 +215,11 @@ def test_rss_patterns_round_trip(pattern: list[int], repeats: int) -> None:
     assert parse_pattern(format_pattern(pattern)) * len(pattern) == pattern * len(
         parse_pattern(format_pattern(pattern))
     )
+
+
+def test_the_page_about_settings_names_every_key() -> None:
+    page = (Path(__file__).parents[1] / "docs/settings.md").read_text()
+    named = set(re.findall(r"`([a-z_-]+)`", page))
+    named |= {key.replace("rx-", "tx-") for key in named if key in ("rx-usecs", "rx-frames")}
+    named |= {f"{key}-irq" for key in named if key in ("rx-usecs", "rx-frames")}
+    assert set(KINDS) <= named

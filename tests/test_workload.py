@@ -320,3 +320,16 @@ def test_scm_time_is_read_from_the_ancillary_data() -> None:
     stamp = struct.pack("@ll", 1_700_000_000, 123_456_789)
     assert server.scm_time_of([(1, 7, b""), (1, server.SO_TIMESTAMPNS, stamp)]) == 1_700_000_000_123_456_789
     assert server.scm_time_of([]) == 0
+
+
+def test_the_readers_take_the_policy_asked_for() -> None:
+    """Judge: chrt, which asks the kernel."""
+    code = "import os, subprocess; from rxlab.record.server import obey; obey('batch'); subprocess.run(['chrt', '-p', str(os.getpid())])"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "SCHED_BATCH" in shown
+    argv = Workload(server_policy="fifo:10").server_argv("127.0.0.1", Path("log"))
+    assert argv[argv.index("--policy") + 1] == "fifo:10"
+    assert "--policy" not in Workload().server_argv("127.0.0.1", Path("log"))
+    for wrong in ("fifo", "fifo:0", "fifo:100", "deadline", "batch:1", ""):
+        with pytest.raises(UsageError, match="server_policy cannot be"):
+            Workload(server_policy=wrong)

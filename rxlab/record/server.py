@@ -8,6 +8,7 @@ by time. ``proto`` is the IP protocol number, ``family`` the AF_ number, ``flags
 from __future__ import annotations
 
 import argparse
+import os
 import socket
 import struct
 import sys
@@ -30,6 +31,19 @@ SO_TIMESTAMPNS = 35  # include/uapi/asm-generic/socket.h, SO_TIMESTAMPNS_OLD; SC
 TIMESPEC = struct.Struct("@ll")
 ANCILLARY_SIZE = socket.CMSG_SPACE(TIMESPEC.size)
 RECEIVE_SIZE = 1 << 16
+
+
+def obey(policy: str) -> None:
+    """Take a scheduling policy: ``batch``, ``fifo:10``; sched(7)."""
+    name, _, priority = policy.partition(":")
+    kinds = {
+        "other": os.SCHED_OTHER,
+        "batch": os.SCHED_BATCH,
+        "idle": os.SCHED_IDLE,
+        "fifo": os.SCHED_FIFO,
+        "rr": os.SCHED_RR,
+    }
+    os.sched_setscheduler(0, kinds[name], os.sched_param(int(priority or 0)))
 
 
 def scm_time_of(ancillary: list[tuple[int, int, bytes]]) -> int:
@@ -67,6 +81,7 @@ def serve_stream(listener: socket.socket, options: argparse.Namespace, log: Log)
     sock, peer = listener.accept()
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     settle(options.cpu)
+    obey(options.policy)
     if options.scm:
         sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
     size, reply = options.size, bytearray(options.reply_size)
@@ -99,6 +114,7 @@ def serve_stream(listener: socket.socket, options: argparse.Namespace, log: Log)
 def serve_datagrams(sock: socket.socket, options: argparse.Namespace, log: Log) -> None:
     """Read datagrams until the client says END, answering each."""
     settle(options.cpu)
+    obey(options.policy)
     reply, buffer, tid = bytearray(options.reply_size), bytearray(RECEIVE_SIZE), threading.get_native_id()
     constant = (sock.getsockname()[1], socket.IPPROTO_UDP, int(sock.family))
     while True:
@@ -134,6 +150,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--reply-size", type=int, default=64)
     parser.add_argument("--cpu", type=int)
+    parser.add_argument("--policy", default="other")
     parser.add_argument("--scm", action="store_true", help="log SCM_TIMESTAMPNS")
     parser.add_argument("--capacity", type=int, default=1 << 16, help="records to make room for per flow")
     parser.add_argument("--log", default="app.log")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import select
 import shlex
 import shutil
@@ -30,6 +31,7 @@ Starter = Callable[..., subprocess.Popen[bytes]]
 
 READY_TIMEOUT = 20.0
 END_TIMEOUT = 10.0
+POLICY = r"other|batch|idle|(fifo|rr):[1-9][0-9]?"
 MAX_UDP_SIZE = 65507  # 65535 less 20 bytes of IPv4 header and 8 of UDP
 MAX_TCP_SIZE = 64 << 20  # each end holds a whole message
 COMMAND_LOG = "command.log"
@@ -62,6 +64,8 @@ class Workload:
     arrivals : {"poisson", "constant"}
     client_cpu, server_cpu : int or None
         Pinned CPU, None: not pinned, -1: first CPU for the client and last for the server.
+    server_policy : str
+        Scheduling policy of the readers: other, batch, idle, fifo:PRIORITY or rr:PRIORITY (sched(7)).
     scm : bool
         Log SCM_TIMESTAMPNS. Switches the kernel's network timestamps on and so moves the pcap's software stamp to an earlier
         point of the path, as ``tcpdump --time-stamp-precision=nano`` does anyway.
@@ -82,6 +86,7 @@ class Workload:
     seed: int = 1
     client_cpu: int | None = -1
     server_cpu: int | None = -1
+    server_policy: str = "other"
     scm: bool = True
     port: int = 47000
     timeout: float = 1.0
@@ -104,6 +109,7 @@ class Workload:
             "duration": self.duration is None or 0 < self.duration < math.inf,
             "messages": (self.messages or 0) > 0 or (self.duration or 0) > 0,
             "rate": self.rate > 0,
+            "server_policy": re.fullmatch(POLICY, self.server_policy) is not None,
             "remote": self.remote is None or self.remote.startswith("ssh:"),
         }
         for key, is_good in checks.items():
@@ -130,6 +136,7 @@ class Workload:
         argv += ["--flows", str(self.flows), "--size", str(self.size), "--reply-size", str(self.reply_size)]
         argv += ["--capacity", str((self.messages or 1 << 16) + 1000), "--log", str(log)]
         argv += ["--cpu", str(self.server_cpu)] if self.server_cpu is not None else []
+        argv += ["--policy", self.server_policy] if self.server_policy != "other" else []
         return argv + (["--scm"] if self.scm else [])
 
     def client_arguments(self, address: str) -> list[str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -16,10 +18,12 @@ import pytest
 from rxlab.errors import HostSettingError
 from rxlab.host.access import HostAccess
 from rxlab.host.hostdiff import diff_snapshots
-from rxlab.host.journal import apply
+from rxlab.host.journal import Transaction, apply
 from rxlab.host.recovery import restore
 from rxlab.host.settings import parse_settings, read_settings
 from rxlab.host.undo import TAG
+from rxlab.record.capture import capture
+from rxlab.record.testbed import Testbed
 
 N_KILLS = 24
 SECONDS = 5.0
@@ -28,7 +32,7 @@ SECONDS = 5.0
 OWNER = """
 import subprocess, sys
 from pathlib import Path
-from rxlab.host.journal import apply
+from rxlab.host.journal import Transaction, apply
 from rxlab.host.settings import parse_settings
 folder, outside, own = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 with apply(testbed=own, journal_dir=folder, allow_system_changes=True) as transaction:
@@ -203,3 +207,79 @@ def test_a_registered_namespace_must_be_new(tmp_path: Path, outside: str) -> Non
     ):
         transaction.register_namespace(outside)
     assert outside in ip("netns", "list").split(), "somebody else's namespace stays"
+
+
+def test_threads_of_napi_and_where_they_run(tmp_path: Path, outside: str) -> None:
+    """Judge: ps and taskset, which know the thread by its name."""
+    for name in ("v0", "v1"):
+        ip("-n", outside, "link", "set", name, "up")
+    before = state(outside)
+    wanted = {"gro": "on", "threaded": "on", "napi_cpus": "1"}
+    with apply(wanted, iface="v0", netns=outside, allow_system_changes=True, journal_dir=tmp_path):
+        listed = subprocess.run(["ps", "-eo", "pid,comm"], capture_output=True, text=True, check=True).stdout
+        (pid,) = [line.split()[0] for line in listed.splitlines() if "napi/v0-" in line]
+        mask = subprocess.run(["taskset", "-p", pid], capture_output=True, text=True, check=True).stdout
+        assert mask.split()[-1] == "2"
+    # GRO off takes NAPI away, and threaded NAPI cannot be left after that: the order of restoring matters.
+    assert not diff_snapshots(before, state(outside))
+
+
+def test_idle_states_and_the_latency_wish(tmp_path: Path) -> None:
+    """Judge: the kernel's own files."""
+    disable = Path("/sys/devices/system/cpu/cpu0/cpuidle/state1/disable")
+    wanted: dict[str, object] = {"cpu_dma_latency": 7, **({"idle_state:1": "off"} if disable.exists() else {})}
+
+    def seen() -> tuple[int, str]:
+        with open("/dev/cpu_dma_latency", "rb") as stream:
+            return struct.unpack("=i", stream.read(4))[0], disable.read_text() if disable.exists() else ""
+
+    before = seen()
+    assert before[0] > 7
+    with apply(wanted, allow_system_changes=True, journal_dir=tmp_path):
+        assert seen()[0] == 7
+        assert seen()[1] in ("1\n", "")
+    assert seen() == before
+
+
+def state_of(pid: int) -> str:
+    return subprocess.run(["ps", "-o", "stat=", str(pid)], capture_output=True, text=True, check=True).stdout
+
+
+def test_irqbalance_is_paused_and_goes_on(tmp_path: Path) -> None:
+    """Judge: ps. The daemon is played by a process of that name, with a pid, arguments and a state to keep."""
+    daemon = tmp_path / "irqbalance"
+    shutil.copy("/bin/sleep", daemon)
+    with subprocess.Popen([str(daemon), "60"]) as process:
+        try:
+            with apply({"irqbalance": "off"}, allow_system_changes=True, journal_dir=tmp_path / "journal"):
+                assert state_of(process.pid).startswith("T")
+            assert state_of(process.pid).startswith("S")
+        finally:
+            process.kill()
+
+
+def test_a_setting_changed_during_a_run_is_drift(tmp_path: Path, testbed: Testbed, journal: Transaction) -> None:
+    end, changed = testbed.dst, []
+
+    def somebody(seconds: float) -> None:
+        if not changed:
+            changed.append(
+                ip(
+                    "netns",
+                    "exec",
+                    str(end.netns),
+                    "sh",
+                    "-c",
+                    f"echo 1 > /sys/class/net/{end.iface}/queues/rx-0/rps_cpus",
+                )
+            )
+
+    options = {"testbed": testbed, "duration": 1.0, "events": "none", "idle": "off", "transaction": journal}
+    quiet = capture(tmp_path / "quiet", **options)
+    assert quiet.run["got"]["drift"] == {}
+    assert quiet.run["status"] == "complete"
+    run = capture(tmp_path / "run", progress=somebody, **options).run
+    label = f"rps_cpus@{end.iface}/rx-0"
+    assert run["got"]["drift"] == {label: ["off", "0"]}
+    assert run["status"] == "partial"
+    assert run["problems"] == [f"{label} was off at the start and is 0 at the end: somebody else changed it"]
