@@ -165,7 +165,7 @@ class FakeNic(Ethtool):
                 (folder / key).unlink(missing_ok=True)
                 if number < n_queues:
                     folder.mkdir(exist_ok=True)
-                    (folder / key).write_text("0\n")
+                    (folder / key).write_text("00000000,00000000\n" if key.endswith("_cpus") else "0\n")
             for way in ("rx", "tx"):
                 if number >= n_queues and (queues / f"{way}-{number}").exists():
                     (queues / f"{way}-{number}").rmdir()

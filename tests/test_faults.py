@@ -186,6 +186,18 @@ def test_a_driver_that_takes_another_value(host: FakeHost, key: str, driver: str
     assert not journals(host)
 
 
+def test_fewer_channels_than_the_rss_table_uses(host: FakeHost) -> None:
+    """The kernel refuses the channels until the table is changed, and on the way back the table until the channels are."""
+    host.nic.table, host.nic.is_configured = [1, 0] * 8, True
+    before = host.state()
+    options = {"allow_system_changes": True, "journal_dir": host.root.parent / "journal", "open_access": host.open}
+    with apply({"channels": 1, "rss-table": "0", "rps_cpus": "0"}, iface="eth0", **options):
+        assert host.nic.groups["channels"]["combined"] == 1
+        assert host.nic.table == [0] * 16
+        assert host.read("sys/class/net/eth0/queues/rx-0/rps_cpus") == "1", "written again: new queues forget"
+    assert host.state() == before
+
+
 def test_a_driver_that_cannot_go_back_is_said(host: FakeHost) -> None:
     with pytest.raises(HostSettingError, match="rx-ring@eth0 is 512 and not 256"), change(host, "rx-ring"):
         host.nic.rounds["rings:rx"] = lambda value: 512
@@ -207,7 +219,7 @@ faults = st.lists(
 )
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(keys=st.sets(st.sampled_from(sorted(SETTINGS)), min_size=1), share=st.floats(0, 1), broken=faults)
 def test_an_owner_that_dies_between_two_writes_of_a_broken_driver(
     keys: set[str], share: float, broken: list[tuple[str, int, bool]]

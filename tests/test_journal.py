@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from rxlab.errors import HostSettingError
 from rxlab.host import journalfile
 from rxlab.host.access import HostAccess
-from rxlab.host.journal import apply
+from rxlab.host.journal import Transaction, apply
 from rxlab.host.recovery import restore
 from rxlab.host.settings import Setting, collateral, parse_settings
 from rxlab.host.undo import AccessCache, RestoreReport, process_start, restore_change
@@ -312,7 +313,7 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 from rxlab.host.access import HostAccess
-from rxlab.host.journal import apply
+from rxlab.host.journal import Transaction, apply
 root, folder, stop = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 class Stopping(HostAccess):
     def write(self, name, text):
@@ -458,6 +459,36 @@ def test_no_journal_no_change(host: FakeHost, tmp_path: Path) -> None:
     ):
         pytest.fail("the block must not run")
     assert tree_bytes(host.root) == before
+
+
+def test_a_journal_has_no_name_before_there_is_a_watchdog(
+    host: FakeHost, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An owner killed before that leaves nothing: nobody would take the journal away."""
+    start, seen = Transaction._start_watchdog, list[str]()
+
+    def look(self: Transaction) -> None:
+        seen.extend(path.name for path in folder.iterdir())
+        start(self)
+
+    monkeypatch.setattr(Transaction, "_start_watchdog", look)
+    with change(host, folder, {"busy_poll": 1}):
+        assert seen == []
+        assert len(list(folder.glob("*.journal"))) == 1
+
+
+def test_a_file_system_without_nameless_files(host: FakeHost, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = os.open
+
+    def plain(path: object, flags: int, *rest: int, **options: int) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return opened(path, flags, *rest, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(journalfile.os, "open", plain)
+    with change(host, folder, {"busy_poll": 1}):
+        assert [path.suffix for path in folder.iterdir() if path.name != "lock"] == [".journal"]
+    assert [path.name for path in folder.iterdir()] == ["lock"]
 
 
 def test_a_full_disk_stops_before_the_first_write(

@@ -32,6 +32,8 @@ from rxlab.host.journalfile import (
     create_journal,
     default_journal_dir,
     folder_lock,
+    make_folder,
+    name_journal,
     open_journal,
 )
 from rxlab.host.kinds import CHANNELS, KINDS
@@ -84,19 +86,17 @@ class Transaction:
         self._said: set[str] = set()
         self._watchdog: subprocess.Popen[bytes] | None = None
         self._root = self._access_of(None).root
-        with folder_lock(folder):
-            self._path = folder / (self.id + SUFFIX)
-            self._file = create_journal(self._path)
+        make_folder(folder)
+        self._path = folder / (self.id + SUFFIX)
+        self._file = create_journal(self._path)
+        try:
             owner = {"pid": os.getpid(), "start": process_start(os.getpid()), "command": sys.argv}
             self._append({"kind": "header", "id": self.id, "boot_id": boot_id(), "root": str(self._root), **owner})
-            try:
+            self._start_watchdog()
+            with folder_lock(folder):
+                name_journal(self._file, self._path)
                 if testbed is not None:
                     self._claim(f"testbed {testbed}")
-            except BaseException:
-                self._drop()
-                raise
-        try:
-            self._start_watchdog()
         except BaseException:
             self._drop()
             raise

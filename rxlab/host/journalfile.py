@@ -27,13 +27,34 @@ def default_journal_dir() -> Path:
 
 
 def create_journal(path: Path) -> int:
-    """Create a journal file, lock it, and return its descriptor."""
-    journal = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    """Create a journal that has no name yet, lock it, and return its descriptor: it goes with the last process that has it open.
+
+    Where a file system has no files without a name (9p, NFS) it is called ``.new``.
+    """
+    try:
+        journal = os.open(path.parent, os.O_RDWR | os.O_TMPFILE | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    except OSError:
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+            journal = os.open(path.with_suffix(".new"), flags, 0o600)
+        except OSError as error:
+            raise _no_journal(path.parent, error) from None
     fcntl.flock(journal, fcntl.LOCK_EX)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    os.fsync(folder)
-    os.close(folder)
     return journal
+
+
+def name_journal(journal: int, path: Path) -> None:
+    """Give a journal its name, once there is a watchdog to take it away again."""
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if path.with_suffix(".new").exists():
+            os.rename(path.with_suffix(".new"), path)
+        else:
+            # open(2), O_TMPFILE; with a folder given, Python calls linkat(2), which follows the link.
+            os.link(f"/proc/self/fd/{journal}", path.name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=True)
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def append_record(journal: int, record: Record) -> None:
@@ -82,21 +103,32 @@ def open_journal(path: Path) -> Iterator[tuple[list[Record], bool]]:
         os.close(journal)
 
 
-@contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock while journals are created and compared."""
+def make_folder(folder: Path) -> None:
+    """Make the folder of the journals; a host on which that cannot be done is not changed."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise _no_journal(folder, error) from None
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock while journals are named and compared."""
+    try:
         lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise HostSettingError(
-            "no journal can be written, so nothing may be changed", where=str(folder), found=error.strerror
-        ) from None
+        raise _no_journal(folder, error) from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
     finally:
         os.close(lock)
+
+
+def _no_journal(folder: Path, error: OSError) -> HostSettingError:
+    return HostSettingError(
+        "no journal can be written, so nothing may be changed", where=str(folder), found=error.strerror
+    )
 
 
 def boot_id() -> str:

@@ -29,7 +29,7 @@ from rxlab.host.settings import Setting
 TAG = "RXLAB_TRANSACTION"
 
 # How often what is not back is written again.
-PASSES = 3
+PASSES = 2
 
 # How long a helper may take to write out what it has after SIGTERM before it is killed.
 STOP_SECONDS = 1.5
