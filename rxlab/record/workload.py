@@ -31,7 +31,6 @@ Starter = Callable[..., subprocess.Popen[bytes]]
 
 READY_TIMEOUT = 20.0
 END_TIMEOUT = 10.0
-POLICY = r"other|batch|idle|(fifo|rr):[1-9][0-9]?"
 MAX_UDP_SIZE = 65507  # 65535 less 20 bytes of IPv4 header and 8 of UDP
 MAX_TCP_SIZE = 64 << 20  # each end holds a whole message
 COMMAND_LOG = "command.log"
@@ -109,7 +108,7 @@ class Workload:
             "duration": self.duration is None or 0 < self.duration < math.inf,
             "messages": (self.messages or 0) > 0 or (self.duration or 0) > 0,
             "rate": self.rate > 0,
-            "server_policy": re.fullmatch(POLICY, self.server_policy) is not None,
+            "server_policy": re.fullmatch(r"other|batch|idle|(fifo|rr):[1-9][0-9]?", self.server_policy) is not None,
             "remote": self.remote is None or self.remote.startswith("ssh:"),
         }
         for key, is_good in checks.items():
