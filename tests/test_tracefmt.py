@@ -79,6 +79,12 @@ def test_symbols() -> None:
     assert parse_format(text).symbols == {"reason": {2: "NOT_SPECIFIED", 16: "SIXTEEN", -1: "NONE"}}
 
 
+def test_damaged_constants_are_no_symbols() -> None:
+    pairs = '{ 0810, "NEITHER" }, { 010u, "OCTAL" }, { %s, "LONG" }, { 7UL, "SEVEN" }' % ("9" * 5000)
+    text = HEAD + f'print fmt: "%s", __print_symbolic(REC->reason, {pairs})'
+    assert parse_format(text).symbols == {"reason": {8: "OCTAL", 7: "SEVEN"}}
+
+
 @pytest.mark.parametrize("text", ["", "name: x\n", "ID: 3\n", "name: x\nID: many\n"])
 def test_what_is_no_format(text: str) -> None:
     with pytest.raises(FormatError, match="not a tracepoint format"):

@@ -30,7 +30,10 @@ _ARRAY = re.compile(r"^(?P<type>.*?)\s*\b(?P<name>\w+)\s*\[(?P<count>[^\]]*)\]$"
 _DYNAMIC = re.compile(r"^(?P<kind>__data_loc|__rel_loc)\s+(?P<type>.*?)\s*\[[^\]]*\]\s*(?P<name>\w+)$")
 _SCALAR = re.compile(r"^(?P<type>.*?)\s*\b(?P<name>\w+)(?:\s*:\s*\d+)?$")
 _SYMBOLIC = re.compile(r"__print_symbolic\(\s*REC->(?P<field>\w+)\s*,(?P<pairs>(?:\s*\{[^{}]*\}\s*,?)+)\)")
-_PAIR = re.compile(r"\{\s*(?P<value>-?(?:0[xX][0-9a-fA-F]+|\d+))\w*\s*,\s*\"(?P<name>[^\"]*)\"\s*\}")
+# A C constant of 64 bits at most: hexadecimal, octal or decimal.
+_PAIR = re.compile(
+    r"\{\s*(?P<value>-?(?:0[xX][0-9a-fA-F]{1,16}|0[0-7]{0,22}|[1-9][0-9]{0,19}))[uUlL]*\s*,\s*\"(?P<name>[^\"]*)\"\s*\}"
+)
 _ONE_BYTE = re.compile(r"\b(?:char|u8|s8|__u8|__s8|uint8_t|int8_t|bool)\b")
 _TWO_BYTES = re.compile(r"\b(?:short|u16|s16|__u16|__s16|__be16|__le16|uint16_t|int16_t)\b")
 _LONG = re.compile(r"\blong\b|\*|\b(?:size_t|ssize_t|uintptr_t|cpumask_t)\b")
@@ -214,7 +217,9 @@ def item_size(type_name: str, long_size: int) -> int:
 def _parse_symbols(print_fmt: str) -> dict[str, dict[int, str]]:
     return {
         match["field"]: {
-            int(pair["value"], 0) if not re.fullmatch(r"-?0\d+", pair["value"]) else int(pair["value"], 8): pair["name"]
+            int(pair["value"], 0) if not re.fullmatch(r"-?0[0-7]+", pair["value"]) else int(pair["value"], 8): pair[
+                "name"
+            ]
             for pair in _PAIR.finditer(match["pairs"])
         }
         for match in _SYMBOLIC.finditer(print_fmt)

@@ -1,6 +1,6 @@
 """Speed and memory of `read_pcap` against its peers, on one file, in one run.
 
-    python tests/bench/bench_pcap.py CAPTURE [--packets 10000000] [--folder /tmp] [--runs 3]
+    python tests/bench/large_pcap.py CAPTURE [--packets 10000000] [--folder /tmp] [--runs 3]
 
 CAPTURE is a real classic little-endian capture; it is repeated with shifted times until the file has `--packets`
 packets, which is deleted afterwards. The last two columns are rxlab's packets per second over the peer's, by wall and

@@ -1,6 +1,9 @@
 """What reading a perf.data file costs here and elsewhere, on the same file in the same run.
 
-    python tests/bench/bench_perfdata.py FILE [--runs 3] [--no-script] [--python-script]
+    python tests/bench/large_perfdata.py [FILE] [--samples 10000000] [--runs 3] [--no-script] [--no-python-script]
+
+Without FILE one is recorded under a temporary folder (root only), and a twentieth of it for `perf script -s`, which would need
+minutes for all; its row is scaled to the same number of samples.
 
 Each row is a whole process (interpreter, imports, work) with compiled kernels cached, unless it says "in a running kernel".
 rxlab decodes every field of every tracepoint and sums every column; the sums of the fields that perf's text shows plainly
@@ -13,11 +16,14 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from recording import record
 
 READ = """
 import json, sys, time
@@ -33,7 +39,9 @@ def go():
     begin = time.perf_counter()
     perf = read_perfdata(sys.argv[1], threads=int(sys.argv[2])).load()
     loaded = time.perf_counter() - begin
-    sums = {event: {name: total(array) for name, array in columns.items()} for event, columns in perf.events.items()}
+    sums = {}
+    if len(sys.argv) > 4:
+        sums = {event: {name: total(array) for name, array in columns.items()} for event, columns in perf.events.items()}
     return perf, sums, loaded
 rest = status("RssAnon")
 perf, sums, first = go()
@@ -65,6 +73,24 @@ def trace_unhandled(name, context, fields, sample):
     rows.append((name, fields))
 """
 
+# What perf's own C interface costs: time, CPU, task, event and raw bytes of each sample are kept, no field is decoded.
+DLFILTER = r"""
+#include <perf/perf_dlfilter.h>
+#include <stdlib.h>
+#include <string.h>
+struct row { __u64 time; __s32 cpu, pid, tid; const char *event; __u32 size; __u64 at; };
+static struct row *rows; static char *bytes; static __u64 n, n_max, at, at_max;
+int filter_event(void *data, const struct perf_dlfilter_sample *s, void *ctx)
+{
+    if (n == n_max) rows = realloc(rows, (n_max = n_max ? 2 * n_max : 1 << 20) * sizeof(*rows));
+    while (at + s->raw_size > at_max) bytes = realloc(bytes, at_max = at_max ? 2 * at_max : 1 << 26);
+    rows[n++] = (struct row){s->time, s->cpu, s->pid, s->tid, s->event, s->raw_size, at};
+    memcpy(bytes + at, s->raw_data, s->raw_size);
+    at += s->raw_size;
+    return 1;
+}
+"""
+
 # (event, pattern of the value in the line): fields whose text is a plain number.
 SUMMED = {
     ("net:netif_rx", "len"): r"net:netif_rx: .*\blen=(\d+)",
@@ -90,7 +116,7 @@ def run(command: list[str], runs: int, *, to: object = subprocess.DEVNULL) -> tu
 
 def rxlab(file: Path, threads: int, again: int) -> dict:
     """Run the reader in a process of its own and return what it measured."""
-    command = [sys.executable, "-c", READ, str(file), str(threads), str(again)]
+    command = [sys.executable, "-c", READ, str(file), str(threads), str(again), "sum"]
     return json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
 
 
@@ -125,17 +151,57 @@ def compare_sums(file: Path, sums: dict) -> list[str]:
     ]
 
 
+def first_call(file: Path) -> tuple[float, float]:
+    """Return wall and CPU seconds of the first call ever on a small recording: nothing compiled, nothing cached."""
+    with tempfile.TemporaryDirectory() as cache:
+        environment = f"NUMBA_CACHE_DIR={cache}"
+        return run(["env", environment, sys.executable, "-c", READ, str(file), "2", "0"], 1)
+
+
+def peers(file: Path, small: Path | None, factor: float, options: argparse.Namespace) -> dict[str, tuple[float, float]]:
+    """Run every peer as a process of its own; return wall and CPU seconds by name."""
+    rows = {"cat": run(["cat", str(file)], options.runs)}
+    rows["perf report --stats (no field)"] = run(["perf", "report", "--stats", "-i", str(file)], options.runs)
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder, "keep.c"), Path(folder, "keep.so")
+        source.write_text(DLFILTER)
+        if shutil.which("gcc") and Path("/usr/include/perf/perf_dlfilter.h").exists():
+            subprocess.run(["gcc", "-O2", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+            command = ["perf", "script", "--dlfilter", str(library), "-i", str(file)]
+            rows["perf script --dlfilter in C (no field)"] = run(command, options.runs)
+        if not options.no_script:
+            fields = ["-F", "comm,tid,cpu,time,event,trace", "--ns"]
+            rows["perf script, all fields as text"] = run(["perf", "script", *fields, "-i", str(file)], 1)
+        if small is not None and not options.no_python_script:
+            script = Path(folder, "keep.py")
+            script.write_text(PERF_PYTHON)
+            wall, cpu = run(["perf", "script", "-s", str(script), "-i", str(small)], 1)
+            rows["perf script -s, a dict per sample *"] = (factor * wall, factor * cpu)
+    return rows
+
+
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=Path)
+    parser.add_argument("file", type=Path, nargs="?")
+    parser.add_argument("--small", type=Path, help="a recording of the same events for perf script -s")
+    parser.add_argument("--samples", type=int, default=10_000_000)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--no-script", action="store_true", help="leave out perf script, the slow peer")
-    parser.add_argument(
-        "--python-script", action="store_true", help="perf script -s with a dict per sample, slower by 10 times more"
-    )
+    parser.add_argument("--no-python-script", action="store_true", help="leave out perf script -s, slower still")
     options = parser.parse_args()
-    file, size = options.file, options.file.stat().st_size
+    with tempfile.TemporaryDirectory(prefix="rxlab-bench-") as folder:
+        file, small = options.file, options.small
+        if file is None:
+            file, small = Path(folder, "big.data"), Path(folder, "small.data")
+            record(file, options.samples)
+            record(small, options.samples // 20)
+        print_table(file, small, options)
+
+
+def print_table(file: Path, small: Path | None, options: argparse.Namespace) -> None:
+    """Measure rxlab and its peers on a file and print the table."""
+    size = file.stat().st_size
     result = rxlab(file, 2, 7)
     samples, steady = result["samples"], min(result["again"])
     rows = {}
@@ -143,25 +209,24 @@ def main() -> None:
         rows[f"rxlab, {threads} thread(s)"] = run(
             [sys.executable, "-c", READ, str(file), str(threads), "0"], options.runs
         )
-    rows["cat"] = run(["cat", str(file)], options.runs)
-    rows["perf report --stats (no field)"] = run(["perf", "report", "--stats", "-i", str(file)], options.runs)
-    if not options.no_script:
-        rows["perf script, all fields as text"] = run(
-            ["perf", "script", "-F", "comm,tid,cpu,time,event,trace", "--ns", "-i", str(file)], 1
-        )
-    if options.python_script:
-        with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
-            script.write(PERF_PYTHON)
-            script.flush()
-            rows["perf script -s, a dict per sample"] = run(["perf", "script", "-s", script.name, "-i", str(file)], 1)
+    rows["rxlab, 2 threads, every column summed"] = run(
+        [sys.executable, "-c", READ, str(file), "2", "0", "sum"], options.runs
+    )
+    factor = samples / rxlab(small, 2, 0)["samples"] if small else 1.0
+    rows |= peers(file, small, factor, options)
     own = rows["rxlab, 2 thread(s)"]
     print(f"{samples} samples, {size / 1e6:.0f} MB, columns {result['columns'] / 1e6:.0f} MB\n")
     print(
-        f"{'whole process':36} {'wall s':>8} {'CPU s':>8} {'M samples/s':>12} {'wall / rxlab':>13} {'CPU / rxlab':>12}"
+        f"{'whole process':40} {'wall s':>8} {'CPU s':>8} {'M samples/s':>12} {'wall / rxlab':>13} {'CPU / rxlab':>12}"
     )
     for name, (wall, cpu) in rows.items():
         print(
-            f"{name:36} {wall:8.3f} {cpu:8.3f} {samples / wall / 1e6:12.2f} {wall / own[0]:13.2f} {cpu / own[1]:12.2f}"
+            f"{name:40} {wall:8.3f} {cpu:8.3f} {samples / wall / 1e6:12.2f} {wall / own[0]:13.2f} {cpu / own[1]:12.2f}"
+        )
+    if small is not None:
+        wall, cpu = first_call(small)
+        print(
+            f"\n* scaled from {samples / factor:.0f} samples, which also are the first call ever: {wall:.1f} s, {cpu:.1f} s of CPU"
         )
     limit = read_limit(file)
     print(
