@@ -139,7 +139,9 @@ def _lost_windows(
         at = np.minimum(finder - 1, np.searchsorted(stamps, told - LOST_STAMP_LAG_NS, side="right") - 1)
         before = np.where(at >= 0, stamps[np.maximum(at, 0)], _FIRST)
         # What was lost before the first or after the last sample has no record of its own.
-        parts.append((np.append(before, stamps[-1]), np.append(told, _LAST), number))
+        # The sample that found room came after all that was lost.
+        until = np.where(finder >= 0, stamps[np.maximum(finder, 0)], told)
+        parts.append((np.append(before, stamps[-1]), np.append(until, _LAST), number))
     count = [len(part[0]) for part in parts]
     return (
         np.repeat(numbers, count),

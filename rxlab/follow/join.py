@@ -142,7 +142,7 @@ def join(
     position = _positions(received)
     is_tcp, is_udp = received["proto"] == TCP, received["proto"] == UDP
     payload = np.maximum(received["payload_len"].astype(np.int64), 0)
-    reason, reasons = drop_reasons(events, path, skb)
+    reason, reasons = drop_reasons(events, path, skb, is_udp)
     flow = received["directed_flow"].astype(np.int64)
     repeat = covered_segments(flow, position, np.where(is_tcp, payload, 0), arrival, reason > 0)
     segments = Segments(skb, received["directed_flow"], position, payload, is_tcp, is_udp, arrival, repeat, reason > 0)

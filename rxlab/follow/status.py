@@ -211,7 +211,9 @@ def _overtaken(columns: Columns, has_reader: np.ndarray) -> np.ndarray:
     return overtaken
 
 
-def drop_reasons(events: Mapping[str, Columns], path: KernelPath, skb: np.ndarray) -> tuple[np.ndarray, list[str]]:
+def drop_reasons(
+    events: Mapping[str, Columns], path: KernelPath, skb: np.ndarray, is_udp: np.ndarray
+) -> tuple[np.ndarray, list[str]]:
     """Return the kernel's reason for packets freed by kfree_skb inside their life before any copy (0: none), and the words."""
     freed = event_columns(events, "skb:kfree_skb")
     if not freed.n or "reason" not in freed:
@@ -220,6 +222,15 @@ def drop_reasons(events: Mapping[str, Columns], path: KernelPath, skb: np.ndarra
     index = AsOf(freed["rank"], freed["skbaddr"].astype(np.uint64))
     row = index.first_after(start, address)
     end = np.minimum(path.columns["end_rank"], _first_copy(events, start, address))
+    # A datagram is dropped where it would have been queued. Later its address may be another's whose birth is not recorded.
+    receive = event_columns(events, "net:netif_receive_skb")
+    following = AsOf(receive["rank"], receive["cpu"])
+    cpu = path.cpu[:, _RX].astype(np.int64)
+    queued_by = following.rank_of(following.first_after(start, cpu), _NEVER)
+    dropped_there = (index.rank_of(row, _NEVER) < queued_by) & (pick(freed["cpu"], row, -1) == cpu)
+    of_udp = np.zeros(len(start), bool)
+    of_udp[skb[is_udp & (skb >= 0)]] = True
+    row = np.where(~of_udp | dropped_there, row, -1)
     row = pick(np.where(index.rank_of(row, _NEVER) < end, row, -1), skb, -1)
     reason = pick(freed["reason"].astype(np.int64), row, 0)
     # Kernels number their reasons differently: what travels on is the name, as a code into this run's own table.

@@ -212,7 +212,10 @@ def _place_copies(
     slot = np.full(receives.n + 1, -1, np.int64)
     slot[calls.row] = np.arange(len(calls.row))
     at = slot[copies["call"]]
-    rows = np.flatnonzero((at >= 0) & ~copies["doubtful"] & (np.where(at >= 0, place[at], NOWHERE) > NOWHERE))
+    # One doubtful copy shifts all others of its call.
+    is_whole = np.ones(len(place), bool)
+    is_whole[at[(at >= 0) & copies["doubtful"]]] = False
+    rows = np.flatnonzero((at >= 0) & is_whole[at] & (np.where(at >= 0, place[at], NOWHERE) > NOWHERE))
     if not len(rows):
         return
     rows = rows[np.lexsort((copies["rank"][rows], copies["call"][rows]))]
