@@ -102,6 +102,14 @@ def _down(place, step, preceding):
 def _solve(socket, step, is_next, own_low, own_high, following, preceding):
     """Propagate the bounds along the calls, both ways; a contradiction is a call that nobody saw, and what led to it is in doubt."""
     n = len(step)
+    own_low, own_high = own_low.copy(), own_high.copy()
+    # Calls only go forward, whatever is missing: what a later one cannot have passed, an earlier one has not. A lower bound
+    # beyond that is false (a reader that a timer woke from another sleep, taken for one that its datagram woke).
+    for m in range(n - 1, -1, -1):
+        if m + 1 < n and socket[m] == socket[m + 1]:
+            own_high[m] = min(own_high[m], own_high[m + 1] - step[m + 1])
+        if own_low[m] > own_high[m]:
+            own_low[m] = NOWHERE
     low, high = own_low.copy(), own_high.copy()
     doubtful = np.zeros(n, np.bool_)
     sure = -1

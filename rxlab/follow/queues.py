@@ -55,7 +55,7 @@ class Queue:
     is_sure : bool array
         It was queued; else it may have been dropped.
     is_first : bool
-        data_ready says that the queue was empty.
+        This kernel calls data_ready only where the receive queue was empty. (Not the whole socket: readers move it aside.)
     """
 
     packet: np.ndarray
@@ -188,11 +188,7 @@ def _consume_queue(result: Consumption, queue: Queue, calls: np.ndarray, begun: 
     # A datagram whose data_ready was not seen may have been dropped: the call after the one before it may have skipped it.
     preceding = np.concatenate(([-2, -1], np.maximum.accumulate(np.where(queue.is_sure, place, -1))))[: len(place) + 1]
     following = _next_sure(queue.is_sure)
-    own = _bounded(receives, queue, calls, begun, lossy, following)
-    is_single = bool((tid == tid[0]).all())
-    if queue.is_first and is_single:
-        _bound_emptied(own.low, receives, queue, calls, preceding)
-    bounds = close_in(own, following, preceding)
+    bounds = close_in(_bounded(receives, queue, calls, begun, lossy, following), following, preceding)
     at, known = bounds.place, takes & (bounds.place >= 0) & (bounds.place < len(place))
     slot = np.where(known, at, 0)
     # A reader's buffer may be smaller than its datagrams: then every such call returns as much as it holds.
@@ -245,17 +241,6 @@ def _bound_woken(low: np.ndarray, receives: Columns, queue: Queue, calls: np.nda
     mine = AsOf(receives["rank"][calls[rows]], receives["tid"][calls[rows]].astype(np.int64))
     call = mine.first_after(queue.waking[woke], queue.woken[woke])
     np.maximum.at(low, rows[call[call >= 0]], woke[call >= 0])
-
-
-def _bound_emptied(low: np.ndarray, receives: Columns, queue: Queue, calls: np.ndarray, preceding: np.ndarray) -> None:
-    """Raise the bounds of calls that returned after a datagram found the queue empty: all before it had been read.
-
-    The call that returns next may have taken the one before.
-    """
-    first = np.flatnonzero(queue.ready_rank >= 0)
-    call = np.searchsorted(receives["rank"][calls], queue.ready_rank[first])
-    inside = call < len(calls)
-    np.maximum.at(low, call[inside], preceding[first[inside] + 1])
 
 
 def _bound_refused(low: np.ndarray, receives: Columns, queue: Queue, calls: np.ndarray, begun: Begun) -> None:
