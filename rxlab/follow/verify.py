@@ -163,6 +163,10 @@ def calls_of_packets(joined: Joined, app_log: np.ndarray, messages: np.ndarray |
     call[streams] = _stream_calls(columns, streams, group[streams], app_log, group_of_call)
     if messages is not None:
         datagrams = np.flatnonzero((group >= 0) & (columns["proto"] == UDP) & (messages >= 0))
+        # A message that the network doubled was read twice, and the log does not say which call had which.
+        same = np.stack([group[datagrams], messages[datagrams]])
+        _, number, count = np.unique(same, axis=1, return_inverse=True, return_counts=True)
+        datagrams = datagrams[count[number.reshape(-1)] == 1]
         call[datagrams] = _datagram_calls(messages[datagrams], group[datagrams], app_log, group_of_call)
     return call
 
