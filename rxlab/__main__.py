@@ -88,6 +88,10 @@ def capture(
     events: Annotated[str, typer.Option(help="min, std, full; pcap (no perf) or none (untraced).")] = "std",
     bpf: Annotated[str | None, typer.Option("--filter", help="BPF filter for tcpdump.")] = None,
     flow: Annotated[str | None, typer.Option(help="One flow as PROTO:ADDRESS:PORT; added to the filter.")] = None,
+    flow_sample: Annotated[
+        str | None,
+        typer.Option(metavar="1/N", help="Capture one flow in N; events that know their flow are filtered too."),
+    ] = None,
     cpus: Annotated[str | None, typer.Option(help="CPUs perf records, e.g. 0-3.")] = None,
     snaplen: Annotated[int, typer.Option(min=64, help="Bytes of each packet kept; headers only by default.")] = 192,
     stamps: Annotated[str, typer.Option(help="Who stamps received packets: software (tcpdump's) or nic.")] = "software",
@@ -105,7 +109,10 @@ def capture(
     size: Annotated[int, typer.Option(min=24, help="Bytes of a message.")] = 64,
     flows: Annotated[int, typer.Option(min=1, help="Connections of the built-in workload.")] = 1,
     mode: Annotated[str, typer.Option(help="closed (request, reply) or open (sent on a schedule).")] = "closed",
-    rate: Annotated[float, typer.Option(help="Messages per second and flow, open loop.")] = 2000.0,
+    rate: Annotated[float, typer.Option(help="Messages per second over all flows, open loop.")] = 2000.0,
+    migrate: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Move the reader to the next CPU this often.")
+    ] = None,
     arrivals: Annotated[str, typer.Option(help="poisson or constant, open loop.")] = "poisson",
     remote: Remote = None,
     server: Annotated[
@@ -117,13 +124,14 @@ def capture(
 ) -> None:
     """Record one run: kernel events, packets, clocks, counters, host."""
     from rxlab.pipeline import record_run
+    from rxlab.record.flowsample import parse_share
     from rxlab.record.functionrecord import parse_functions
     from rxlab.record.pcaprecord import flow_filter
     from rxlab.record.recording import parse_size
 
     load = {
         "proto": proto, "family": family, "messages": messages, "size": size, "flows": flows, "mode": mode, "rate": rate,
-        "arrivals": arrivals, "remote": remote, "duration": duration if mode == "open" else None,
+        "arrivals": arrivals, "migrate": migrate, "remote": remote, "duration": duration if mode == "open" else None,
     }  # fmt: skip
     # A client on this host cannot send through an interface of this host: there, live traffic is recorded.
     is_live = attach or bool(command) or (iface is not None and not testbed and not remote)
@@ -146,6 +154,7 @@ def capture(
             attach=attach,
             events=events,
             filter=flow_filter(bpf, flow),
+            flow_sample=parse_share(flow_sample),
             cpus=cpus,
             snaplen=snaplen,
             stamps=stamps,

@@ -7,9 +7,9 @@ A run directory is what capture leaves and analysis reads; nothing else passes b
     "testbed": {...}|null, "iface", "netns": path|null, "local_macs": [str], "local_addresses": [str],
     "arm": "untraced"|"pcap"|"min"|"std"|"full", "stamps": "software"|"nic", "workload": {"name", "proto", ...}|null, "configuration": {setting: value},
     "start_ns", "stop_ns" (CLOCK_REALTIME), "perf": {"version", "argv", "exit_code", "events": [str], "missing_events": [str],
-    "filters": {event: expression}, "pages", "stderr", "lost": int|null}|null,
+    "filters": {event: expression}, "pages", "stderr", "cpu_seconds": float|null, "lost": int|null}|null,
     "functions": {"patterns", "missing_patterns": [str], "clock", "calls", "lost": int}|null, "tcpdump": {"version", "argv", "exit_code",
-    "captured", "received", "dropped", "fence": {"captured", "received"}, "copies", "stderr"}|null, "idle": {"asked",
+    "captured", "received", "dropped", "cpu_seconds", "fence": {"captured", "received"}, "copies", "stderr"}|null, "idle": {"asked",
     "spinners": bool}, "sweep": {"cell", "repetition", "labels"}|null, "asked": {...}, "got": {"settings", "drift": {label: [at the start, at the end]}, "restored": bool, ...}}``.
     ``fence`` are tcpdump's counts when every packet of the traffic was written; on live traffic more may come until it
     ends. ``copies`` is how often the kernel shows a packet to a tap (2 on lo, of which libpcap hides one).
@@ -41,6 +41,8 @@ A run directory is what capture leaves and analysis reads; nothing else passes b
     what a pyperf script given as workload measured, in pyperf's own format.
 ``app.log``, ``client.log``
     the workload's own logs, :data:`APP_LOG_FIELDS` and :data:`CLIENT_LOG_FIELDS`: the ground truth.
+``moves.log``
+    where its readers were moved from CPU to CPU, :data:`MOVE_FIELDS`; only with the workload's ``migrate``.
 """
 
 from __future__ import annotations
@@ -67,6 +69,7 @@ FUNCTIONS_LOG = "functions.log"
 APP_LOG = "app.log"
 CLIENT_LOG = "client.log"
 PYPERF_JSON = "pyperf.json"
+MOVES_LOG = "moves.log"
 DATASET = "run.nc"
 VERIFY_JSON = "verify.json"
 # Of the folder that holds a sweep's runs: its plan, and the dataset made of them.
@@ -109,6 +112,12 @@ CLIENT_LOG_FIELDS: tuple[tuple[str, str], ...] = (
 )
 CLIENT_LOG_STRUCT = struct.Struct("<qqqqii")
 assert CLIENT_LOG_STRUCT.size == 40
+
+# One record per move of a reader: CLOCK_MONOTONIC ns just before and just after sched_setaffinity(), the reader, and the one
+# CPU it may run on from then.
+MOVE_FIELDS: tuple[tuple[str, str], ...] = (("t0", "<i8"), ("t1", "<i8"), ("tid", "<i4"), ("cpu", "<i4"))
+MOVE_STRUCT = struct.Struct("<qqii")
+assert MOVE_STRUCT.size == 24
 
 # What begins every message of the built-in workload: magic, flow, sequence number, intended send time.
 MESSAGE_MAGIC = 0x52584C42  # "RXLB"

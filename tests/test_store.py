@@ -16,7 +16,7 @@ from joined_builder import NAT, OFFSET, STEPS, make_app_logs, make_counters, mak
 
 from rxlab.dataset import schema, store
 from rxlab.errors import FormatError, SchemaError
-from rxlab.rundir import APP_LOG_STRUCT, CLIENT_LOG_STRUCT, RunDir
+from rxlab.rundir import APP_LOG_STRUCT, CLIENT_LOG_STRUCT, MOVE_FIELDS, RunDir
 from rxlab.stages import STAGE_INDEX, TOTALS
 
 
@@ -224,6 +224,22 @@ def test_app_logs_are_read_whole_records_only(tmp_path):
     assert (int(logs["server"]["t1"][0]), int(logs["server"]["seq"][0])) == (200, 7)
     assert logs["client"]["replied"].tolist() == [260, 260]
     assert store.read_app_logs(RunDir(tmp_path / "none", {})) == {}
+
+
+def test_moves_of_a_reader_are_a_group_on_the_datasets_time_axis():
+    joined = make_joined(40, path_kind="backlog_rps", cpus=(0, 1))
+    driver = joined.time[:, STAGE_INDEX["driver_rx"]]
+    tid = int(joined.packets["tid"][0])
+    ordered = [(0, int(driver[0]) - 10, tid, 0), (0, int(driver[10]) - 10, tid, 1)]
+    logs = make_app_logs(np.full(5, 9e3)) | {"moves": np.array(ordered, np.dtype(list(MOVE_FIELDS)))}
+    tree = _build(joined, app_latency=logs)
+    moves = tree["moves"].to_dataset()
+    assert (moves.cpu.values.tolist(), moves.packets.values.tolist()) == ([1, 1], [15, 15]), "two flows, in turn"
+    assert moves.lag_packets.values.tolist() == [0, 0]
+    assert sorted(moves.lag.values) == [10, 10 + driver[11] - driver[10]]
+    at = tree["packets"]["time"].sel(stage="driver_rx").values[10]
+    assert (at - moves.time.values[0]).astype(int) == 10
+    assert "moves" not in _build(joined, app_latency=make_app_logs(np.full(5, 9e3))).children
 
 
 def test_root_says_what_the_run_was():

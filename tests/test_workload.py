@@ -185,6 +185,31 @@ def test_messages_that_share_a_receive_call_are_logged_by_the_first_that_begins_
     assert received["ret"].sum() == 2000 * 1000
 
 
+def test_a_reader_moves_on_a_schedule_that_is_logged(tmp_path: Path) -> None:
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) < 2:
+        pytest.skip("one CPU")
+    # A steal of a shared machine delays a move, but none may come before its time and none may be left out of the turn.
+    load = Workload(messages=None, duration=1.0, flows=2, migrate=0.05, server_cpu=cpus[0], port=free_port())
+    run(load, tmp_path)
+    moves = np.fromfile(tmp_path / rundir.MOVES_LOG, np.dtype(list(rundir.MOVE_FIELDS)))
+    readers = np.unique(app_log(tmp_path)["tid"])
+    assert set(moves["tid"]) == set(readers)
+    for reader in readers:
+        own = moves[moves["tid"] == reader]
+        assert len(own) >= 10
+        assert own["cpu"].tolist() == [cpus[number % len(cpus)] for number in range(len(own))]
+        assert (own["t1"][1:] - own["t0"][0] >= 0.05e9 * np.arange(1, len(own)) - 1e6).all()
+        assert (own["t1"] >= own["t0"]).all()
+    assert stat.S_IMODE((tmp_path / rundir.MOVES_LOG).stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("wrong", [{"migrate": 0.0}, {"migrate": 1e-5}, {"migrate_cpus": "0"}, {"migrate_cpus": "a-b"}])
+def test_a_schedule_of_moves_that_cannot_be_kept_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="workload: migrate"):
+        Workload(**{"migrate": 0.1, **wrong})
+
+
 def test_a_workload_that_is_stopped_keeps_its_logs(tmp_path: Path) -> None:
     traffic = open_traffic(Workload(messages=None, duration=600, port=free_port()), LOOPBACK, LOOPBACK, tmp_path)
     traffic.prepare()

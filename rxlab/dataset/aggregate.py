@@ -16,6 +16,7 @@ import numpy as np
 import xarray as xr
 
 from rxlab.dataset import schema, stats
+from rxlab.dataset.moves import follow_share
 from rxlab.errors import RxlabError, SchemaError
 from rxlab.stages import STAGE_NAMES
 
@@ -297,9 +298,24 @@ def summarize(tree: xr.DataTree, grid: Grid, queue_irqs: Mapping[int, int] | Non
         found["clock_bound"] = float(tree["clocks"]["bound"])
         woken = tree["packets"].to_dataset()["time"].sel(stage="waking").values[rows]
         n_wakeups = len(np.unique(woken[~np.isnat(woken)]))
+        found |= _locality(tree, rows)
         found["wakeups_per_packet"] = _ratio(n_wakeups, float(rows.sum()))
     if grid.n_cpus and "counters" in tree.children:
         found |= _counters(tree["counters"].to_dataset().load(), grid, queue_irqs or {})
+    return found
+
+
+def _locality(tree: xr.DataTree, rows: np.ndarray) -> dict[str, Any]:
+    """Return how many packets ran on their reader's CPU, and how they followed it when it moved."""
+    same = tree["packets"].to_dataset()["same_cpu"].values[rows]
+    found: dict[str, Any] = {"on_reader_cpu": _ratio(float((same == 1).sum()), float((same >= 0).sum())), "moves": 0.0}
+    if "moves" not in tree.children:
+        return found
+    moves = tree["moves"].to_dataset()
+    found |= {"moves": float(moves.sizes["move"]), "moves_followed": follow_share(moves)}
+    for name in ("lag_packets", "lag"):
+        values = moves[name].values[np.isfinite(moves[name].values)]
+        found[name] = np.quantile(values, stats.QUANTILES) if len(values) else np.full(len(stats.QUANTILES), np.nan)
     return found
 
 

@@ -284,6 +284,23 @@ def _app() -> list[Variable]:
     ]  # fmt: skip
 
 
+def _moves() -> list[Variable]:
+    m = ("move",)
+    return [
+        Variable("moves", "time", m, "datetime64[ns]", "", REAL, "time of the move",
+                 "the system call that moved the reader had returned (moves.log); without that log, the reader first ran on the new CPU"),
+        Variable("moves", "tid", m, "int32", "1", "", "reader thread", "thread that moved"),
+        Variable("moves", "flow", m, "int32", "1", "", "flow", "row of /flows that it reads"),
+        Variable("moves", "cpu", m, "int16", "1", "", "new CPU", "CPU the reader moved to"),
+        Variable("moves", "from_cpu", m, "int16", "1", "", "old CPU", "CPU it came from"),
+        Variable("moves", "packets", m, "int64", "1", "", "packets until the next move", "data packets of the flow steered between this move and the next"),
+        Variable("moves", "lag_packets", m, "float64", "1", "", "lag in packets",
+                 "data packets of the flow steered after the move and before the first whose stack ran on the new CPU", "NaN: none came there before the next move"),
+        Variable("moves", "lag", m, "float64", "ns", MONO, "lag", "from the move to the steering (driver_rx, else netif_receive_skb) of the first packet whose stack ran on the new CPU",
+                 "NaN: as lag_packets"),
+    ]  # fmt: skip
+
+
 def _sweep() -> list[Variable]:
     base = ("...", "repetition", "arm")
     q = (*base, "hop", "quantile")
@@ -301,6 +318,11 @@ def _sweep() -> list[Variable]:
         Variable("sweep", "call_ipis_per_packet", base, "float64", "1", "", "function call IPIs per packet", "/proc/interrupts 'Function call interrupts': RPS sends them; whole host", "NaN: no run, or not counted"),
         Variable("sweep", "reschedule_ipis_per_packet", base, "float64", "1", "", "reschedule IPIs per packet", "/proc/interrupts 'Rescheduling interrupts': a wakeup on another CPU; whole host", "NaN: no run, or not counted"),
         Variable("sweep", "wakeups_per_packet", base, "float64", "1", "", "wakeups per data packet", "distinct instants of stage waking, per usable packet", "NaN: no run or no trace"),
+        Variable("sweep", "on_reader_cpu", base, "float64", "1", "", "packets on the reader's CPU", "share of usable packets whose stack ran on the CPU they were read on", "NaN: no run or no trace"),
+        Variable("sweep", "moves", base, "float64", "1", "", "moves of readers", "rows of /moves", "NaN: no run or no trace"),
+        Variable("sweep", "moves_followed", base, "float64", "1", "", "moves followed", "share of moves after which packets came to the reader's new CPU before it moved on", "NaN: no move"),
+        Variable("sweep", "lag_packets", (*base, "quantile"), "float64", "1", "", "lag behind the reader in packets", "quantile of /moves lag_packets", "NaN: no move followed"),
+        Variable("sweep", "lag", (*base, "quantile"), "float64", "ns", MONO, "lag behind the reader", "quantile of /moves lag", "NaN: no move followed"),
         Variable("sweep", "cpu_time_per_packet", (*base, "cpu_mode", "cpu"), "float64", "ns", "", "CPU time per packet", "/proc/stat over IP packets received; spinners count as user", "NaN: no run"),
         Variable("sweep", "softnet", (*base, "softnet_field", "cpu"), "float64", "1", "", "softnet_stat", "difference over the run", "NaN: no run"),
         Variable("sweep", "interrupts", (*base, "queue", "cpu"), "float64", "1", "", "interrupts of the queue", "difference over the run", "NaN: no run; absent: no queue has one", True),
@@ -315,6 +337,7 @@ SCHEMA: tuple[Variable, ...] = (
     *_clocks(),
     *_counters(),
     *_app(),
+    *_moves(),
     *_sweep(),
 )
 BY_PATH: dict[str, Variable] = {variable.path: variable for variable in SCHEMA}

@@ -17,10 +17,20 @@ import numpy as np
 import xarray as xr
 
 from rxlab.dataset import schema
+from rxlab.dataset.moves import reader_moves
 from rxlab.errors import FormatError, RxlabError
 from rxlab.read.columns import Columns
 from rxlab.read.pyperfjson import read_pyperf
-from rxlab.rundir import APP_LOG, APP_LOG_FIELDS, CLIENT_LOG, CLIENT_LOG_FIELDS, PYPERF_JSON, RunDir
+from rxlab.rundir import (
+    APP_LOG,
+    APP_LOG_FIELDS,
+    CLIENT_LOG,
+    CLIENT_LOG_FIELDS,
+    MOVE_FIELDS,
+    MOVES_LOG,
+    PYPERF_JSON,
+    RunDir,
+)
 from rxlab.stages import ORDER, PATH_KINDS, STAGE_INDEX, STAGE_NAMES, STATUSES, TOTALS
 
 NAT = np.iinfo(np.int64).min  # what NumPy's NaT is, so that timestamps need no mask to become datetime64
@@ -46,7 +56,7 @@ def build(
     run, host, counters : dict
         Contents of run.json, host.json and counters.json.
     app_latency : dict, optional
-        ``"server"`` and ``"client"``: the workload's own logs as arrays with named fields (:func:`read_app_logs`).
+        ``"server"``, ``"client"`` and ``"moves"``: the workload's own logs as arrays with named fields (:func:`read_app_logs`).
 
     Returns
     -------
@@ -61,6 +71,9 @@ def build(
         groups["flows"] = _flows(joined)
         groups["coverage"] = _coverage(joined)
         groups["clocks"] = _clocks(joined.clock, offset)
+        moves = _moves(joined, app_latency or {}, offset)
+        if moves.sizes["move"]:
+            groups["moves"] = moves
     if counters:
         groups["counters"] = _counters(counters.get("difference", counters))
     if app_latency:
@@ -109,16 +122,20 @@ def open_dataset(path: str | os.PathLike[str]) -> xr.DataTree:
 
 
 def read_app_logs(rundir: RunDir) -> dict[str, Any]:
-    """Read app.log, client.log and pyperf.json where the run has them.
+    """Read app.log, client.log, moves.log and pyperf.json where the run has them.
 
     Returns
     -------
     dict of str to structured array or Columns
-        ``"server"``, ``"client"``: fields as in :mod:`rxlab.rundir`; a record cut short at the end is left out. ``"pyperf"``:
-        :func:`rxlab.read.pyperfjson.read_pyperf`.
+        ``"server"``, ``"client"``, ``"moves"``: fields as in :mod:`rxlab.rundir`; a record cut short at the end is left out.
+        ``"pyperf"``: :func:`rxlab.read.pyperfjson.read_pyperf`.
     """
     logs: dict[str, Any] = {}
-    for key, name, fields in (("server", APP_LOG, APP_LOG_FIELDS), ("client", CLIENT_LOG, CLIENT_LOG_FIELDS)):
+    for key, name, fields in (
+        ("server", APP_LOG, APP_LOG_FIELDS),
+        ("client", CLIENT_LOG, CLIENT_LOG_FIELDS),
+        ("moves", MOVES_LOG, MOVE_FIELDS),
+    ):
         if rundir.has(name):
             dtype = np.dtype(list(fields))
             content = rundir.file(name).read_bytes()
@@ -417,6 +434,12 @@ def _counters(difference: Mapping[str, Any]) -> xr.Dataset:
     }:
         values |= {"ethtool_name": list(ethtool), "ethtool": list(ethtool.values())}
     return xr.Dataset({name: _array("counters", name, value) for name, value in values.items()})
+
+
+def _moves(joined: Any, logs: Mapping[str, Any], offset: int) -> xr.Dataset:
+    found = reader_moves(np.asarray(joined.time), np.asarray(joined.cpu), joined.packets, logs.get("moves"))
+    found["time"] = (found["time"] + offset).view("datetime64[ns]")
+    return xr.Dataset({name: _array("moves", name, column) for name, column in found.items()})
 
 
 def _app(logs: Mapping[str, Any], run: Mapping[str, Any]) -> xr.Dataset:

@@ -25,7 +25,19 @@ from rxlab.rundir import DATASET, RUN_JSON, SWEEP_JSON, SWEEP_STORE, list_runs, 
 # Zarr 3's text is not yet readable elsewhere; format 2 is, by everything that reads Zarr.
 ZARR_FORMAT = 2
 # Fields of the built-in workload that become scalar coordinates where they did not vary.
-WORKLOAD_COORDS = ("proto", "family", "mode", "messages", "duration", "size", "reply_size", "flows", "rate", "arrivals")
+WORKLOAD_COORDS = (
+    "proto",
+    "family",
+    "mode",
+    "messages",
+    "duration",
+    "size",
+    "reply_size",
+    "flows",
+    "rate",
+    "arrivals",
+    "migrate",
+)
 ALIAS_OF = {"server_cpu": "app_cpu", "client_cpu": "client_cpu"}
 
 

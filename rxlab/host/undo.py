@@ -336,3 +336,23 @@ def interrupt_later() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
         if pending:
             before(*pending[0])
+
+
+@contextmanager
+def noted_interrupts() -> Iterator[list[int]]:
+    """Note Ctrl-C instead of raising it anywhere; raise it at the end of the block.
+
+    A KeyboardInterrupt in the middle of starting or stopping perf and tcpdump would leave a run that cannot say what it is.
+    """
+    noted: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield noted
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if noted:
+            before(noted[0], None)

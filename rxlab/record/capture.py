@@ -9,9 +9,6 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -26,15 +23,26 @@ from rxlab.host.hostdiff import settings_drift
 from rxlab.host.journal import Transaction, apply
 from rxlab.host.phc import PtpClock
 from rxlab.host.topology import local_identity, snapshot_host
+from rxlab.host.undo import noted_interrupts
+from rxlab.record.flowsample import event_filters as sampled_events
+from rxlab.record.flowsample import packet_filter
 from rxlab.record.functionrecord import FunctionRecorder
 from rxlab.record.nicstamps import nic_stamps
 from rxlab.record.pcaprecord import PcapRecorder, pcap_problems
 from rxlab.record.perfrecord import DEFAULT_PAGES, PerfRecorder, pages_within
+from rxlab.record.processes import last_line
 from rxlab.record.recording import ARM_OF, DEFAULT_MIN_FREE, DEFAULT_SNAPLEN, Recording, check_cpus, check_tools
-from rxlab.record.runfolder import drop_recordings, give_to_invoker, make_folder, release_space, reserve_space
+from rxlab.record.runfolder import (
+    command_line,
+    drop_recordings,
+    give_to_invoker,
+    make_folder,
+    release_space,
+    reserve_space,
+)
 from rxlab.record.spinner import all_cpus, start_spinners, stop_spinners
 from rxlab.record.testbed import NETNS_FOLDER, Endpoint, Testbed, endpoint_of, sender_of
-from rxlab.record.workload import COMMAND_LOG, Command, Traffic, Workload, last_line, open_traffic
+from rxlab.record.workload import COMMAND_LOG, Command, Traffic, Workload, open_traffic
 from rxlab.rundir import (
     CLOCK_JSON,
     COUNTERS_JSON,
@@ -48,6 +56,7 @@ from rxlab.rundir import (
     read_json,
     write_json,
 )
+from rxlab.stages import EVENT_PRESETS
 
 POLL_SECONDS = 0.1
 
@@ -101,6 +110,7 @@ def capture(
     perf_clock: str = "CLOCK_MONOTONIC",
     functions: Sequence[str] = (),
     event_filters: Mapping[str, str] | None = None,
+    flow_sample: int = 1,
     configuration: Mapping[str, Any] | None = None,
     sweep: Mapping[str, Any] | None = None,
     transaction: Transaction | None = None,
@@ -144,6 +154,9 @@ def capture(
         Patterns of kernel functions to log beside (record/functionrecord.py); it slows the path down, like any tracing.
     event_filters : mapping, optional
         Tracepoint filters beside those of :data:`rxlab.stages.EVENT_FILTERS`, by event name.
+    flow_sample : int
+        N: only one flow of TCP or UDP in N, a power of two, is captured (record/flowsample.py); events that do not know the flow
+        are recorded of all.
     configuration : mapping, optional
         Settings in force, for the record.
     sweep : mapping, optional
@@ -167,7 +180,7 @@ def capture(
         raise UsageError(f"unknown event preset {events!r}", expected=", ".join(ARM_OF))
     recording = Recording(
         ARM_OF[events],
-        filter,
+        packet_filter(flow_sample, filter),
         snaplen,
         cpus,
         pages,
@@ -175,10 +188,11 @@ def capture(
         min_free,
         idle,
         idle_task_is_blind,
-        event_filters or {},
+        {**sampled_events(flow_sample, EVENT_PRESETS.get(ARM_OF[events], ())), **(event_filters or {})},
         stamps,
         perf_clock,
         tuple(functions),
+        flow_sample,
     )
     if duration is not None and not 0 < duration < math.inf:
         raise UsageError("not a duration", found=f"{duration:g} s", expected="seconds above 0")
@@ -249,6 +263,7 @@ def first_record(
             "min_free": recording.min_free,
             "duration": duration,
             "functions": list(recording.functions),
+            "flow_sample": recording.flow_sample,
         },
         "got": {},
     }
@@ -283,26 +298,6 @@ def record(
                 session.run["stop_ns"] = time.time_ns()
                 stop_recorders(session)
     conclude(session)
-
-
-@contextmanager
-def noted_interrupts() -> Iterator[list[int]]:
-    """Note Ctrl-C instead of raising it anywhere; raise it at the end of the block.
-
-    A KeyboardInterrupt in the middle of starting or stopping perf and tcpdump would leave a run that cannot say what it is.
-    """
-    noted: list[int] = []
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield noted
-        return
-    signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
-    try:
-        yield noted
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if noted:
-            before(noted[0], None)
 
 
 @contextmanager
@@ -435,13 +430,6 @@ def stop_recorders(session: Session) -> None:
     if session.pcap is not None and session.pcap.process is not None:
         result = session.run["tcpdump"] = session.pcap.stop()
         session.run["problems"] += pcap_problems(result)
-
-
-def command_line() -> list[str]:
-    """Return the command that recorded, as somebody would type it again: without this machine's path to rxlab."""
-    program = Path(sys.argv[0])
-    name = "rxlab" if program.parent.name == "rxlab" or program.name == "rxlab" else program.name
-    return [name, *sys.argv[1:]]
 
 
 def note_restored(run: RunDir, transaction: Transaction) -> RunDir:

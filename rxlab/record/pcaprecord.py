@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import select
 import signal
 import subprocess
@@ -178,7 +179,7 @@ class PcapRecorder:
             self.drain()
             self.process.send_signal(signal.SIGINT)
         self._read_until(re.compile("(?!)"), STOP_TIMEOUT)  # to the end of standard error
-        self._reap()
+        cpu_seconds = self._reap()
         final = self.output
         numbers = {
             name: (int(found[-1]) if (found := pattern.findall(final)) else None)
@@ -190,21 +191,23 @@ class PcapRecorder:
             "version": tool_version("tcpdump"),
             "argv": self.argv(),
             "exit_code": self.process.returncode,
+            "cpu_seconds": cpu_seconds,
             **numbers,
             "copies": self.copies,
             "fence": self.fence,
             "stderr": last_message(final),
         }
 
-    def _reap(self) -> None:
+    def _reap(self) -> float | None:
         assert self.process is not None
         try:
-            self.process.wait(STOP_TIMEOUT)
+            cpu_seconds = wait_ended(self.process, STOP_TIMEOUT)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait()
+            cpu_seconds = wait_ended(self.process)
         if self.process.stderr is not None:
             self.process.stderr.close()
+        return cpu_seconds
 
     def kill(self) -> None:
         """End tcpdump at once."""
@@ -226,6 +229,24 @@ def pcap_problems(result: Mapping[str, Any]) -> list[str]:
     if not fence or fence["captured"] < fence["received"]:
         problems.append(f"tcpdump did not take every packet: {fence or 'it gave no numbers'}")
     return problems
+
+
+def wait_ended(process: subprocess.Popen[bytes], timeout: float | None = None) -> float | None:
+    """Wait for the end of a child and return the CPU time it used, user and system, in seconds; None where it had ended before.
+
+    The kernel adds a child's time to its parent's ``RUSAGE_CHILDREN`` when the child is waited for.
+
+    Raises
+    ------
+    subprocess.TimeoutExpired
+        It still runs.
+    """
+    if process.returncode is not None:
+        return None
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    process.wait(timeout)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def last_message(output: str) -> str:

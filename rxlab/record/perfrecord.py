@@ -20,7 +20,7 @@ from typing import IO, Any
 from rxlab import stages
 from rxlab.errors import CaptureError
 from rxlab.host.tools import tool_environment
-from rxlab.record.pcaprecord import last_message, tool_version
+from rxlab.record.pcaprecord import last_message, tool_version, wait_ended
 
 TRACEFS = (Path("/sys/kernel/tracing"), Path("/sys/kernel/debug/tracing"))
 ACK_TIMEOUT = 20.0
@@ -217,11 +217,11 @@ class PerfRecorder:
             if self.is_alive():
                 self.process.send_signal(signal.SIGINT)
         try:
-            self.process.wait(STOP_TIMEOUT)
+            cpu_seconds = wait_ended(self.process, STOP_TIMEOUT)
         except subprocess.TimeoutExpired:
             self.problems.append("perf did not end and was killed")
             self.process.kill()
-            self.process.wait()
+            cpu_seconds = wait_ended(self.process)
         message = self.stderr()
         self._release()
         if self.path.exists():
@@ -234,6 +234,7 @@ class PerfRecorder:
             "version": tool_version("perf"),
             "argv": self.argv(),
             "exit_code": exit_code,
+            "cpu_seconds": cpu_seconds,
             "events": self.events,
             "missing_events": self.missing_events,
             "filters": self.filters,

@@ -41,6 +41,7 @@ class Recording:
     stamps: str = "software"
     perf_clock: str = "CLOCK_MONOTONIC"
     functions: tuple[str, ...] = ()
+    flow_sample: int = 1
 
     def __post_init__(self) -> None:
         if self.arm not in ARMS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 from rxlab.errors import CaptureError, RxlabError
@@ -79,3 +80,10 @@ def give_to_invoker(folder: Path) -> None:
         return
     for path in (folder, *folder.iterdir()):
         os.chown(path, int(uid), int(gid), follow_symlinks=False)
+
+
+def command_line() -> list[str]:
+    """Return the command that recorded, as somebody would type it again: without this machine's path to rxlab."""
+    program = Path(sys.argv[0])
+    name = "rxlab" if program.parent.name == "rxlab" or program.name == "rxlab" else program.name
+    return [name, *sys.argv[1:]]

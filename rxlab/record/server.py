@@ -13,6 +13,7 @@ import socket
 import struct
 import sys
 import threading
+from contextlib import suppress
 
 from rxlab.record.client import (
     END_SEQ,
@@ -25,7 +26,7 @@ from rxlab.record.client import (
     settle,
     write_log,
 )
-from rxlab.rundir import APP_LOG_STRUCT
+from rxlab.rundir import APP_LOG_STRUCT, MOVE_STRUCT
 
 SO_TIMESTAMPNS = 35  # include/uapi/asm-generic/socket.h, SO_TIMESTAMPNS_OLD; SCM_TIMESTAMPNS is the same number
 TIMESPEC = struct.Struct("@ll")
@@ -140,6 +141,43 @@ def start_reader(sock: socket.socket, options: argparse.Namespace) -> tuple[int,
     return fork_worker(lambda: serve(sock, options, log), log)
 
 
+class Mover(threading.Thread):
+    """Moves the readers of a server from CPU to CPU on a schedule, and logs each move.
+
+    A thread of the parent, which otherwise waits: a reader that moved itself would do so only when a message comes, and would
+    always be awake then. The scheduler moves sleeping tasks too.
+    """
+
+    def __init__(self, tids: list[int], seconds: float, cpus: list[int]) -> None:
+        super().__init__(daemon=True)
+        self._tids, self._period, self._cpus = tids, int(seconds * 1e9), cpus
+        self._end = threading.Event()
+        self.log = Log(MOVE_STRUCT)
+        self._move(cpus[0])
+
+    def run(self) -> None:
+        """Move on at times fixed beforehand until told to stop."""
+        due, number = now(), 0
+        while True:
+            due, number = due + self._period, number + 1
+            if self._end.wait(max(due - now(), 0) / 1e9):
+                return
+            self._move(self._cpus[number % len(self._cpus)])
+
+    def _move(self, cpu: int) -> None:
+        for tid in self._tids:
+            t0 = now()
+            with suppress(ProcessLookupError):
+                os.sched_setaffinity(tid, {cpu})
+                self.log.append(t0, now(), tid, cpu)
+
+    def stop(self) -> bytes:
+        """End the thread and return the log."""
+        self._end.set()
+        self.join()
+        return self.log.content()
+
+
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="rxlab-server", description="Logging server of rxlab.")
@@ -151,6 +189,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--reply-size", type=int, default=64)
     parser.add_argument("--cpu", type=int)
     parser.add_argument("--policy", default="other")
+    parser.add_argument("--move-every", type=float, help="seconds between moves of all readers to the next CPU")
+    parser.add_argument("--move-to", type=lambda text: [int(cpu) for cpu in text.split(",")], help="CPUs, in turn")
+    parser.add_argument("--moves", default="moves.log", help="log of the moves")
     parser.add_argument("--scm", action="store_true", help="log SCM_TIMESTAMPNS")
     parser.add_argument("--capacity", type=int, default=1 << 16, help="records to make room for per flow")
     parser.add_argument("--log", default="app.log")
@@ -162,8 +203,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     sockets = open_sockets(options)
     readers = [start_reader(sockets[flow % len(sockets)], options) for flow in range(options.flows)]
+    mover = Mover([pid for pid, _ in readers], options.move_every, options.move_to) if options.move_every else None
+    if mover is not None:
+        mover.start()
     print("ready", flush=True)
     content, codes = collect(readers)
+    if mover is not None:
+        write_log(options.moves, mover.stop())
     write_log(options.log, content)
     return 1 if any(codes) else 0
 

@@ -339,7 +339,7 @@ def check_held(settings: Sequence[Setting]) -> None:
 
 def reader_cpu(workload: Workload | Command | None) -> int | None:
     """Return the CPU the receiving application is pinned to, None where it is not or nobody knows."""
-    return workload.pinned().server_cpu if isinstance(workload, Workload) else None
+    return workload.pinned().server_cpu if isinstance(workload, Workload) and workload.migrate is None else None
 
 
 def complete_run(path: Path) -> RunDir | None:

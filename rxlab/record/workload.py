@@ -21,18 +21,29 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 from rxlab.errors import CaptureError, UsageError
+from rxlab.host.cpulist import parse_cpus
+from rxlab.record.processes import (
+    READY_TIMEOUT,
+    close_quietly,
+    kill_after,
+    kill_group,
+    last_line,
+    open_private,
+    read_line,
+    wait_listening,
+)
 from rxlab.record.testbed import Endpoint, in_netns
-from rxlab.rundir import APP_LOG, APP_LOG_STRUCT, CLIENT_LOG, MESSAGE_HEADER, PYPERF_JSON
+from rxlab.rundir import APP_LOG, APP_LOG_STRUCT, CLIENT_LOG, MESSAGE_HEADER, MOVES_LOG, PYPERF_JSON
 
 Starter = Callable[..., subprocess.Popen[bytes]]
 
-READY_TIMEOUT = 20.0
 END_TIMEOUT = 10.0
 MAX_UDP_SIZE = 65507  # 65535 less 20 bytes of IPv4 header and 8 of UDP
 MAX_TCP_SIZE = 64 << 20  # each end holds a whole message
+SHORTEST_STAY = 0.001  # seconds of a migrating reader on one CPU: several messages have to fit
 COMMAND_LOG = "command.log"
 # Environment variables that tell a command where both ends are.
 ADDRESSES = ("RXLAB_SERVER_ADDRESS", "RXLAB_CLIENT_ADDRESS")
@@ -65,6 +76,10 @@ class Workload:
         Pinned CPU, None: not pinned, -1: first CPU for the client and last for the server.
     server_policy : str
         Scheduling policy of the readers: other, batch, idle, fifo:PRIORITY or rr:PRIORITY (sched(7)).
+    migrate : float or None
+        Seconds between two moves of every reader to its next CPU; None: it stays on `server_cpu`. Logged in ``moves.log``.
+    migrate_cpus : str or None
+        List of the CPUs it visits in turn, beginning with the first; None: all, beginning with `server_cpu`.
     scm : bool
         Log SCM_TIMESTAMPNS. Switches the kernel's network timestamps on and so moves the pcap's software stamp to an earlier
         point of the path, as ``tcpdump --time-stamp-precision=nano`` does anyway.
@@ -86,6 +101,8 @@ class Workload:
     client_cpu: int | None = -1
     server_cpu: int | None = -1
     server_policy: str = "other"
+    migrate: float | None = None
+    migrate_cpus: str | None = None
     scm: bool = True
     port: int = 47000
     timeout: float = 1.0
@@ -94,8 +111,9 @@ class Workload:
     name = "builtin"
 
     def __post_init__(self) -> None:
+        limits: dict[str, str] = {"migrate": f"{SHORTEST_STAY} seconds or more", "migrate_cpus": "two CPUs or more"}
         largest = MAX_UDP_SIZE if self.proto == "udp" else MAX_TCP_SIZE
-        limits = dict.fromkeys(("size", "reply_size"), f"{MESSAGE_HEADER.size} to {largest} bytes for {self.proto}")
+        limits |= dict.fromkeys(("size", "reply_size"), f"{MESSAGE_HEADER.size} to {largest} bytes for {self.proto}")
         checks = {
             "proto": self.proto in ("tcp", "udp"),
             "family": self.family in (4, 6),
@@ -109,6 +127,8 @@ class Workload:
             "messages": (self.messages or 0) > 0 or (self.duration or 0) > 0,
             "rate": self.rate > 0,
             "server_policy": re.fullmatch(r"other|batch|idle|(fifo|rr):[1-9][0-9]?", self.server_policy) is not None,
+            "migrate": self.migrate is None or SHORTEST_STAY <= self.migrate < math.inf,
+            "migrate_cpus": self.migrate_cpus is None or len(self.visited()) > 1,
             "remote": self.remote is None or self.remote.startswith("ssh:"),
         }
         for key, is_good in checks.items():
@@ -118,6 +138,17 @@ class Workload:
     def describe(self) -> dict[str, Any]:
         """Return the ``workload`` object of run.json."""
         return {"name": self.name, **asdict(self)}
+
+    def visited(self) -> list[int]:
+        """Return the CPUs that a migrating reader visits in turn, [] where `migrate_cpus` is no list of CPUs."""
+        if self.migrate_cpus is not None:
+            try:
+                return parse_cpus(self.migrate_cpus)
+            except ValueError:
+                return []
+        cpus = sorted(os.sched_getaffinity(0))
+        first = cpus.index(self.server_cpu) if self.server_cpu in cpus else len(cpus) - 1
+        return cpus[first:] + cpus[:first]
 
     def pinned(self) -> Workload:
         """Return the workload with -1 CPUs resolved on this machine."""
@@ -134,8 +165,12 @@ class Workload:
         argv = [sys.executable, "-m", "rxlab.record.server", address, str(self.port), "--proto", self.proto]
         argv += ["--flows", str(self.flows), "--size", str(self.size), "--reply-size", str(self.reply_size)]
         argv += ["--capacity", str((self.messages or 1 << 16) + 1000), "--log", str(log)]
-        argv += ["--cpu", str(self.server_cpu)] if self.server_cpu is not None else []
         argv += ["--policy", self.server_policy] if self.server_policy != "other" else []
+        if self.migrate is not None:
+            argv += ["--move-every", str(self.migrate), "--move-to", ",".join(map(str, self.visited()))]
+            argv += ["--moves", str(log.with_name(MOVES_LOG))]
+        elif self.server_cpu is not None:
+            argv += ["--cpu", str(self.server_cpu)]
         return argv + (["--scm"] if self.scm else [])
 
     def client_arguments(self, address: str) -> list[str]:
@@ -429,72 +464,3 @@ def remote_argv(remote: str, script_bytes: int, arguments: Sequence[str]) -> lis
     loader = f"import sys; exec(compile(sys.stdin.buffer.read({script_bytes}), 'rxlab-client.py', 'exec'))"
     host = remote.removeprefix("ssh:")
     return ["ssh", "-T", "-o", "BatchMode=yes", host, shlex.join(["python3", "-c", loader, *arguments])]
-
-
-def wait_listening(process: subprocess.Popen[bytes], port: int) -> None:
-    """Wait until a TCP or UDP socket in the namespace of `process` is bound to `port`."""
-    deadline = time.monotonic() + READY_TIMEOUT
-    wanted = f":{port:04X}"
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            break
-        for table, state in (("tcp", "0A"), ("tcp6", "0A"), ("udp", "07"), ("udp6", "07")):
-            try:
-                lines = Path(f"/proc/{process.pid}/net/{table}").read_text().splitlines()
-            except OSError:
-                continue
-            rows = [line.split() for line in lines[1:]]
-            if any(row[1].endswith(wanted) and row[3] == state for row in rows):
-                return
-        time.sleep(0.01)
-    raise CaptureError(
-        "the workload's server does not listen",
-        where=f"port {port}",
-        found=f"exit status {process.returncode}" if process.poll() is not None else "no listening socket",
-    )
-
-
-def read_line(process: subprocess.Popen[bytes], timeout: float) -> bytes:
-    """Read one line of a process's unbuffered standard output; what came so far when it ends or takes too long."""
-    assert process.stdout is not None
-    line, deadline = b"", time.monotonic() + timeout
-    while not line.endswith(b"\n") and (left := deadline - time.monotonic()) > 0:
-        if select.select([process.stdout], [], [], left)[0]:
-            character = os.read(process.stdout.fileno(), 1)
-            if not character:
-                break
-            line += character
-    return line
-
-
-def last_line(path: Path) -> str:
-    """Return the last line of a log, for an error message."""
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    return lines[-1].strip() if lines else ""
-
-
-def open_private(path: Path) -> IO[bytes]:
-    """Open a file for writing that only its owner can read."""
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")
-
-
-def close_quietly(stream: IO[bytes] | None) -> None:
-    """Close a pipe whose other end may be gone."""
-    if stream is not None:
-        with suppress(OSError):
-            stream.close()
-
-
-def kill_group(process: subprocess.Popen[bytes], signum: int) -> None:
-    """Signal a process that was started in a session of its own, with its children."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signum)
-
-
-def kill_after(process: subprocess.Popen[bytes], timeout: float) -> None:
-    """Wait for a process that was told to end, and kill it when it does not."""
-    try:
-        process.wait(timeout)
-    except subprocess.TimeoutExpired:
-        kill_group(process, signal.SIGKILL)
-        process.wait()

@@ -20,6 +20,11 @@ def run_text(path: Any, run: Mapping[str, Any]) -> str:
         )
     if perf:
         lines.append(f"  kernel events: {len(perf.get('events') or [])} kinds, lost {perf.get('lost')}")
+    costs = {"perf": perf.get("cpu_seconds"), "tcpdump": tcpdump.get("cpu_seconds")}
+    seconds = (run.get("got") or {}).get("seconds")
+    known = [f"{tool} {100 * cost / seconds:.1f} %" for tool, cost in costs.items() if cost is not None and seconds]
+    if known:
+        lines.append(f"  CPU time of the recorder, of one CPU: {', '.join(known)}")
     if perf.get("missing_events"):
         gone = ", ".join(stages_without(set(perf.get("events") or []))) or "none"
         lines.append(f"  not on this kernel: {', '.join(perf['missing_events'])}; stages that go: {gone}")

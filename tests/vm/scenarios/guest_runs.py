@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from rxlab.record import perfrecord, workload
+from rxlab.record import perfrecord, processes, workload
 
 # In the guest's memory: perf would record its own writes to the shared folder, without end.
 LOCAL = Path("/run/guest")
@@ -13,7 +13,7 @@ PORTS = f"ports:{os.environ['GUEST_PEER']},{os.environ['GUEST_NIC']}"
 # Of the guest's clock, which a busy host makes run fast: the kernel measures its rate once, against another one.
 perfrecord.ACK_TIMEOUT = 600.0
 perfrecord.STOP_TIMEOUT = 600.0
-workload.READY_TIMEOUT = 600.0
+processes.READY_TIMEOUT = workload.READY_TIMEOUT = 600.0
 
 if __name__ == "__main__":
     from rxlab.__main__ import main
