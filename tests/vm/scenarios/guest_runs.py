@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from rxlab.record import perfrecord, processes, workload
+from rxlab.record import pcaprecord, perfrecord, workload
 
 # In the guest's memory: perf would record its own writes to the shared folder, without end.
 LOCAL = Path("/run/guest")
 PORTS = f"ports:{os.environ['GUEST_PEER']},{os.environ['GUEST_NIC']}"
-# Of the guest's clock, which a busy host makes run fast: the kernel measures its rate once, against another one.
+pcaprecord.START_TIMEOUT = pcaprecord.STOP_TIMEOUT = 120.0
 perfrecord.ACK_TIMEOUT = 600.0
 perfrecord.STOP_TIMEOUT = 600.0
 processes.READY_TIMEOUT = workload.READY_TIMEOUT = 600.0
