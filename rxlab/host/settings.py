@@ -18,6 +18,7 @@ from rxlab.host.access import HostAccess
 from rxlab.host.cpulist import CPU_DIR, format_cpus, online_cpus, parse_cpus
 from rxlab.host.interrupts import device_irqs, queue_irqs
 from rxlab.host.kinds import (
+    CHANNELS,
     COALESCE,
     FEATURES,
     HOST_WIDE,
@@ -141,6 +142,9 @@ class Setting:
             errno.EPERM: "Changing host settings needs root.",
             errno.EIO: "The driver manages this interrupt itself." if self.place.startswith("irq:") else None,
             errno.ESRCH: "Start it, or leave the setting out." if self.place.startswith("process:") else None,
+            errno.EINVAL: "An RSS table over more queues forbids it: set rss-table too, or 'ethtool -X IFACE default' first."
+            if self.rank == CHANNELS
+            else None,
             errno.ENOENT: "This device, driver or kernel does not have the setting.",
             errno.EOPNOTSUPP: "This device, driver or kernel does not have the setting.",
         }
