@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from rxlab.record import pcaprecord, perfrecord, workload
+from rxlab.record import pcaprecord, perfrecord, processes, workload
 
 # In the guest's memory: perf would record its own writes to the shared folder, without end.
 LOCAL = Path("/run/guest")
