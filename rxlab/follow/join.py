@@ -138,14 +138,18 @@ def join(
     stamp = clock.to_monotonic(received["time"])
     clock, matched = _match(path, received, stamp, clock, lossy)
     skb = matched.event
-    arrival = np.where(skb >= 0, pick(path.time[:, _RX], skb, NAT), stamp - _tolerance(clock))
+    # Where events are missing, a pair that is not certain must not lend its skb's evidence to the packet.
+    certain = np.where(matched.ambiguous & lossy.any, -1, skb)
+    arrival = np.where(certain >= 0, pick(path.time[:, _RX], certain, NAT), stamp - _tolerance(clock))
     position = _positions(received)
     is_tcp, is_udp = received["proto"] == TCP, received["proto"] == UDP
     payload = np.maximum(received["payload_len"].astype(np.int64), 0)
     reason, reasons = drop_reasons(events, path, skb, is_udp)
     flow = received["directed_flow"].astype(np.int64)
     repeat = covered_segments(flow, position, np.where(is_tcp, payload, 0), arrival, reason > 0)
-    segments = Segments(skb, received["directed_flow"], position, payload, is_tcp, is_udp, arrival, repeat, reason > 0)
+    segments = Segments(
+        certain, received["directed_flow"], position, payload, is_tcp, is_udp, arrival, repeat, reason > 0
+    )
     taken = consume(events, path, segments, hidden, lossy)
     rows = path.take(skb)
     if clock.method == "cross_stamps":
