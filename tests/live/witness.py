@@ -131,7 +131,13 @@ def judge(joined: Joined, events: Mapping[str, Columns], seen: Seen, numbers: np
     usable = joined.packets["is_data"] & np.isin(status, ("complete", "dropped", "no_reader", "incomplete"))
     rx_time = joined.time[:, STAGE_INDEX["netif_receive_skb"]]
     rows = np.flatnonzero(usable & (rx_time != NAT))
-    at = _record_of(joined.packets["skb"][rows].view(np.int64), rx_time[rows], seen.received[:, 2], seen.received[:, 0])
+    at = _record_of(
+        joined.packets["skb"][rows].view(np.int64),
+        rx_time[rows],
+        seen.received[:, 2],
+        seen.received[:, 0],
+        events["net:netif_receive_skb"],
+    )
     found = at >= 0
     wrong = seen.received[at[found], 3] != (numbers[rows[found]] & 0xFFFFFFFF)
     result = {"links_checked": int(found.sum()), "links_wrong": int(wrong.sum())}
@@ -143,7 +149,11 @@ def judge(joined: Joined, events: Mapping[str, Columns], seen: Seen, numbers: np
     order = np.argsort(event["time"], kind="stable")
     taken = order[np.searchsorted(event["time"][order], copy_time[rows])]
     at = _record_of(
-        event["skbaddr"][taken].astype(np.uint64).view(np.int64), copy_time[rows], seen.copied[:, 2], seen.copied[:, 0]
+        event["skbaddr"][taken].astype(np.uint64).view(np.int64),
+        copy_time[rows],
+        seen.copied[:, 2],
+        seen.copied[:, 0],
+        event,
     )
     found = at >= 0
     begin, length = seen.copied[at[found], 3], seen.copied[at[found], 4]
@@ -152,19 +162,37 @@ def judge(joined: Joined, events: Mapping[str, Columns], seen: Seen, numbers: np
     return result | {"copies_checked": int(found.sum()), "copies_wrong": int(wrong.sum())}
 
 
-def _record_of(address: np.ndarray, time_ns: np.ndarray, seen_address: np.ndarray, seen_time: np.ndarray) -> np.ndarray:
-    """Return the witness's last record of each address before each time; -1 where there is none."""
+def _record_of(
+    address: np.ndarray, time_ns: np.ndarray, seen_address: np.ndarray, seen_time: np.ndarray, event: Columns
+) -> np.ndarray:
+    """Return the witness's record of each of perf's events, by address and time; -1 where it has none.
+
+    The program runs before perf's, so it is the last record of the address before the event. Where perf has an earlier event of
+    the address after that record, the record is that event's, and the witness missed this one (it does, where an interrupt's
+    program ran inside it).
+    """
     if not len(seen_time):
         return np.full(len(time_ns), -1, np.int64)
-    order = np.lexsort((seen_time, seen_address))
-    key = np.stack([seen_address[order], seen_time[order]], axis=1)
+    record = _last_before(address, time_ns, seen_address, seen_time)
+    perf_address = event["skbaddr"].astype(np.uint64).view(np.int64)
+    earlier = _last_before(address, time_ns - 1, perf_address, event["time"])
+    taken = (record >= 0) & (earlier >= 0) & (event["time"][earlier] >= seen_time[record])
+    return np.where(taken, -1, record)
+
+
+def _last_before(
+    address: np.ndarray, time_ns: np.ndarray, known_address: np.ndarray, known_time: np.ndarray
+) -> np.ndarray:
+    """Return the last known row of each address up to each time; -1 where there is none."""
+    order = np.lexsort((known_time, known_address))
+    key = np.stack([known_address[order], known_time[order]], axis=1)
     merged = np.concatenate([key, np.stack([address, time_ns], axis=1)])
     ranked = np.lexsort((merged[:, 1], merged[:, 0]))
-    is_seen = ranked < len(key)
-    last = np.maximum.accumulate(np.where(is_seen, np.arange(len(ranked)), -1))
-    record = np.full(len(merged), -1, np.int64)
-    record[ranked] = np.where(last >= 0, ranked[np.maximum(last, 0)], -1)
-    record = record[len(key) :]
-    good = record >= 0
-    good[good] = key[record[good], 0] == address[good]
-    return np.where(good, order[np.maximum(record, 0)], -1)
+    is_known = ranked < len(key)
+    last = np.maximum.accumulate(np.where(is_known, np.arange(len(ranked)), -1))
+    found = np.full(len(merged), -1, np.int64)
+    found[ranked] = np.where(last >= 0, ranked[np.maximum(last, 0)], -1)
+    found = found[len(key) :]
+    good = found >= 0
+    good[good] = key[found[good], 0] == address[good]
+    return np.where(good, order[np.maximum(found, 0)], -1)
