@@ -22,7 +22,7 @@ K_U8, K_U16, K_U32, K_U64, K_SAMPLE_U32, K_SAMPLE_U64, K_TEXT, K_TEXT8, K_ARRAY,
 # Codes of one thread's dictionary; the thread's number is above these bits.
 CODE_BITS = 26
 
-# Samples gathered at a time: their bytes stay in the cache from the first field to the last.
+# Samples gathered at a time: what one thread touches before the next field. 8192 measured the same.
 GATHER = 2048
 
 # State of the dictionary of variable fields, and how a gather ended.
