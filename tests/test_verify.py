@@ -90,6 +90,15 @@ def test_a_dropped_datagram_that_was_read_is_caught() -> None:
     assert result["verdict"] == "degraded"
 
 
+def test_a_datagram_left_in_the_queue_of_a_closed_socket_is_in_no_log() -> None:
+    world, joined = joined_of("udp")
+    log = app_log(world, "udp")
+    joined.packets["status"][-1] = STATUSES.index("no_reader")
+    assert not verify_join(joined, log)["byte_sums_equal"]  # the log has it read
+    log["ret"][-1] -= world.truth["payload"][-1]
+    assert verify_join(joined, log)["byte_sums_equal"]
+
+
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(2**33, 2**33 + 60), st.integers(0, 20)), max_size=30))
 def test_bytes_of_streams_are_counted_once(segments: list[tuple[int, int, int]]) -> None:
     flow, position, length = (
