@@ -227,6 +227,7 @@ def experiment(
     """Record each configuration untraced and traced, `reps` times in shuffled order, analyse, and report."""
     from rxlab.host.idlecheck import idle_task_is_blind
     from rxlab.host.journal import apply
+    from rxlab.record.plan import link_lines
     from rxlab.record.ports import open_testbed
     from rxlab.record.sweep import plan_sweep, sweep
     from rxlab.record.workload import Command, Workload
@@ -234,8 +235,8 @@ def experiment(
     arms = ("untraced", "std")
     cells = plan_sweep(configurations, reps=reps, arms=arms, seed=seed)
     if dry_run:
-        for cell in cells:
-            say(f"{cell.name}: {_settings_text(cell.configuration)}")
+        runs_text = (f"{cell.name}: {_settings_text(cell.configuration)}" for cell in cells)
+        say("\n".join([*runs_text, *link_lines(configurations)]))
         return None
     fields = {key: value for key, value in (workload or {}).items() if value is not None}
     traffic = Command(list(command)) if command else Workload(**fields)
@@ -282,13 +283,15 @@ def run_sweep(
     say: Callable[[str], None] = print,
     **options: Any,
 ) -> Path | None:
-    """Record a sweep spec (options as :func:`rxlab.record.spec.record_spec` takes them); return its Zarr store.
+    """Record a sweep spec (options as :func:`rxlab.record.specrun.record_spec` takes them); return its Zarr store.
 
     With a `scheduler` (``tcp://...`` of a Dask cluster) its workers record (:mod:`rxlab.record.cluster`) and analyse.
     """
     from rxlab.dataset.sweepstore import aggregate_sweep
     from rxlab.host.idlecheck import idle_task_is_blind
-    from rxlab.record.spec import plan_lines, plan_spec, record_spec
+    from rxlab.record.plan import plan_lines
+    from rxlab.record.spec import plan_spec
+    from rxlab.record.specrun import record_spec
 
     if scheduler is not None:
         plan = plan_spec(spec, testbed=testbed, iface=iface, reps=reps, remote=remote, elsewhere=True)

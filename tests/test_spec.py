@@ -15,7 +15,9 @@ from host_builder import FakeHost
 from rxlab.errors import FormatError, HostSettingError, RxlabError, UsageError
 from rxlab.host.access import HostAccess
 from rxlab.record import spec as specs
-from rxlab.record.spec import SPECS, check_host, estimate, load_spec, parse_spec, plan_lines, plan_spec, record_spec
+from rxlab.record.plan import Estimate, estimate, plan_lines
+from rxlab.record.spec import SPECS, check_host, load_spec, parse_spec, plan_spec
+from rxlab.record.specrun import record_spec
 from rxlab.record.workload import Command, Workload
 
 SHIPPED = sorted(path.stem for path in SPECS.glob("*.toml"))
@@ -192,8 +194,21 @@ def test_the_plan_names_every_run_with_duration_and_size() -> None:
     assert "MB" in lines[-1]
 
 
+@pytest.mark.parametrize(
+    ("setting", "dropping"),
+    [
+        ("rx_ring = [256, 512]", ["rx_ring"]),
+        ('gro = ["on", "off"]\nchannels = 2', ["channels"]),
+        ('gro = ["on", "off"]', []),
+    ],
+)
+def test_the_plan_names_what_takes_the_link_down(setting: str, dropping: list[str]) -> None:
+    told = [line for line in plan_lines(parse(f"[settings]\n{setting}")) if line.startswith("the link may go down")]
+    assert [line.rpartition(": ")[2] for line in told] == [", ".join(dropping)] * bool(dropping)
+
+
 def test_more_load_is_longer_or_larger() -> None:
-    def of(text: str, arm: str = "std") -> specs.Estimate:
+    def of(text: str, arm: str = "std") -> Estimate:
         spec = parse(text)
         return estimate(spec, next(cell for cell in spec.cells() if cell.arm == arm))
 

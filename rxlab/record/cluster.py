@@ -24,7 +24,8 @@ from rxlab.host.journal import apply
 from rxlab.host.kinds import HOST_WIDE, KINDS, normal_key
 from rxlab.host.settings import parse_settings
 from rxlab.record.ports import open_testbed
-from rxlab.record.spec import Spec, check_host, check_resume
+from rxlab.record.spec import Spec, check_host
+from rxlab.record.specrun import check_resume
 from rxlab.record.sweep import (
     Cell,
     Engine,
@@ -56,7 +57,7 @@ class Block:
         The sweep's folder, by the same path on all machines.
     repetition : int
     testbed, iface, allow_system_changes, yes_this_nic
-        As :func:`rxlab.record.spec.record_spec` takes them.
+        As :func:`rxlab.record.specrun.record_spec` takes them.
     holds_host : bool
         See :class:`rxlab.record.sweep.Engine`.
     """

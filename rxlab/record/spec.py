@@ -24,10 +24,8 @@ import difflib
 import itertools
 import os
 import shlex
-import time
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,38 +33,26 @@ from typing import Any
 from rxlab.errors import FormatError, HostSettingError, UsageError
 from rxlab.host.access import HostAccess
 from rxlab.host.cpulist import online_cpus
-from rxlab.host.journal import apply
 from rxlab.host.kinds import HOST_WIDE, KINDS, canonical_value
 from rxlab.host.settings import parse_settings
 from rxlab.host.topology import resolve_intents
-from rxlab.record.ports import captured_port, open_testbed
+from rxlab.record.ports import captured_port
 from rxlab.record.recording import ARM_OF, IDLE_CHOICES
 from rxlab.record.sweep import (
     ORDERS,
     RECORDING_KEYS,
     WORKLOAD_KEYS,
     Cell,
-    complete_run,
     plan_sweep,
     reader_cpu,
     split_configuration,
-    sweep,
     with_fields,
 )
 from rxlab.record.workload import Command, Workload
-from rxlab.rundir import SWEEP_JSON, RunDir
 
 SPECS = Path(__file__).with_name("specs")
 COMMAND_KEYS = ("command", "server", "server_port", "pyperf")
 PLACES = ("any", "testbed", "iface")
-
-# What a plan is reckoned with, from the runs of data/ (two virtual CPUs); it is printed as "about". A traced run also holds
-# what the rest of the machine did meanwhile.
-ROUND_TRIP_SECONDS = 120e-6
-RUN_SECONDS = {"untraced": 1.3, "pcap": 2.2, "min": 3.5, "std": 3.5, "full": 4.0}
-RUN_BYTES = {"untraced": 150_000, "pcap": 160_000, "min": 800_000, "std": 1_200_000, "full": 1_800_000}
-BYTES_PER_SECOND = {"untraced": 0, "pcap": 0, "min": 500_000, "std": 1_000_000, "full": 1_500_000}
-BYTES_PER_MESSAGE = {"untraced": 100, "pcap": 400, "min": 2_500, "std": 4_500, "full": 6_500}
 
 
 @dataclass(frozen=True)
@@ -331,146 +317,6 @@ def check_host(spec: Spec, *, testbed: bool | str, iface: str | None, access: Ho
         if not is_veth:
             parse_settings(wanted, port or iface, access=access)
     return is_host_wide
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a run is expected to take."""
-
-    seconds: float
-    bytes: int
-
-
-def estimate(spec: Spec, cell: Cell) -> Estimate:
-    """Reckon the duration and the size of one run; a command's are not known and count as one second of nothing."""
-    load = with_fields(spec.workload, split_configuration(cell.configuration)[1])
-    start = RUN_SECONDS[cell.arm]
-    if not isinstance(load, Workload):
-        return Estimate(start + 1.0, RUN_BYTES[cell.arm] + BYTES_PER_SECOND[cell.arm])
-    per_second = load.rate if load.mode == "open" else load.flows / ROUND_TRIP_SECONDS
-    limits = [load.messages * load.flows / per_second] if load.messages else []
-    seconds = min([*limits, *([load.duration] if load.duration else [])])
-    per_run = RUN_BYTES[cell.arm] + seconds * (BYTES_PER_SECOND[cell.arm] + per_second * BYTES_PER_MESSAGE[cell.arm])
-    return Estimate(start + seconds, int(per_run))
-
-
-def plan_lines(spec: Spec) -> Iterator[str]:
-    """Yield the plan as text: what varies, every run in its order, duration and size."""
-    cells = spec.cells()
-    reckoned = [estimate(spec, cell) for cell in cells]
-    yield f"{spec.name}: {spec.title}"
-    for axis, labels in spec.axes.items():
-        yield f"  {axis}: {', '.join(map(str, labels))}"
-    for cell in cells:
-        yield f"{cell.name}: {cell_text(cell)}"
-    seconds = sum(one.seconds for one in reckoned) + spec.warm_up * min(one.seconds for one in reckoned)
-    yield (
-        f"{len(cells)} runs, {len(spec.configurations)} configurations x {spec.repetitions} repetitions x "
-        f"{len(spec.arms)} arms ({', '.join(spec.arms)}), {spec.order}: about {duration_text(seconds)}, "
-        f"about {sum(one.bytes for one in reckoned) / 1e6:.0f} MB"
-    )
-
-
-def cell_text(cell: Cell) -> str:
-    """Return what one run is, for people."""
-    place = ", ".join(f"{axis}={label}" for axis, label in cell.labels.items()) or "host as it is"
-    return f"{cell.arm}, {place}, repetition {cell.repetition + 1}"
-
-
-def duration_text(seconds: float) -> str:
-    """Return a duration as ``1 h 02 min``, ``3 min 20 s`` or ``12 s``."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def record_spec(
-    spec: Spec,
-    out: str | os.PathLike[str],
-    *,
-    testbed: bool | str,
-    iface: str | None = None,
-    resume: bool = False,
-    allow_system_changes: bool = False,
-    yes_this_nic: bool = False,
-    say: Callable[[str], None] = print,
-    **capture_options: Any,
-) -> list[RunDir]:
-    """Record all runs of a spec into a folder; with `resume` only those that are missing.
-
-    Returns
-    -------
-    list of RunDir
-        In the order of the plan; the last of a cell's tries even when it is degraded.
-    """
-    folder = Path(out)
-    check_resume(folder, resume)
-    if check_host(spec, testbed=testbed, iface=iface) and not allow_system_changes:
-        raise HostSettingError(
-            "this sweep changes settings of the host itself",
-            where=spec.name,
-            do="Nothing was changed. Give --allow-system-changes to have them changed and put back.",
-        )
-    progress = Progress(spec, folder, say)
-    with ExitStack() as stack:
-        journal = stack.enter_context(apply(allow_system_changes=allow_system_changes, yes_this_nic=yes_this_nic))
-        bed = stack.enter_context(open_testbed(testbed, registry=journal)) if testbed else None
-        recorded = sweep(
-            folder,
-            spec.configurations,
-            testbed=bed,
-            iface=None if testbed else iface,
-            workload=spec.workload,
-            reps=spec.repetitions,
-            arms=spec.arms,
-            seed=spec.seed,
-            order=spec.order,
-            labels=spec.labels,
-            warm_up=spec.warm_up,
-            retries=spec.retries,
-            transaction=journal,
-            progress=progress,
-            idle=spec.idle,
-            **capture_options,
-        )
-        runs = []
-        for run in recorded:
-            for problem in run.run.get("problems") or []:
-                say(f"  {run.path.name}: {problem}")
-            runs.append(run)
-    return runs
-
-
-def check_resume(folder: Path, resume: bool) -> None:
-    """Refuse to go on with a sweep that is there unless that is asked for."""
-    if (folder / SWEEP_JSON).exists() and not resume:
-        raise UsageError(
-            "a sweep is there already", where=str(folder), do="Go on with --resume, or choose another --out."
-        )
-
-
-class Progress:
-    """Says before each run what it is and how much time is left, reckoned from the runs so far."""
-
-    def __init__(self, spec: Spec, folder: Path, say: Callable[[str], None]) -> None:
-        self._say, self._folder = say, folder
-        self._reckoned = {cell.name: estimate(spec, cell).seconds for cell in spec.cells()}
-        self._last: tuple[float, str] | None = None
-        self._took = self._expected = 0.0
-
-    def __call__(self, number: int, total: int, cell: Cell) -> None:
-        """Say it; the progress callback of :func:`rxlab.record.sweep.sweep`."""
-        now = time.monotonic()
-        if self._last is not None:
-            self._took += now - self._last[0]
-            self._expected += self._reckoned[self._last[1]]
-        is_there = complete_run(self._folder / cell.name) is not None
-        self._last = None if is_there else (now, cell.name)
-        names = list(self._reckoned)
-        pace = self._took / self._expected if self._expected else 1.0
-        left = duration_text(pace * sum(self._reckoned[name] for name in names[number:]))
-        self._say(f"[{number + 1}/{total}] {cell_text(cell)}" + (": there already" if is_there else f" ({left} left)"))
 
 
 def plan_spec(

@@ -1,0 +1,107 @@
+"""What a sweep will do and take: its runs, duration, size and what takes a link down, said before anything runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rxlab.host.kinds import KINDS, normal_key
+from rxlab.record.spec import Spec
+from rxlab.record.sweep import Cell, complete_run, split_configuration, with_fields
+from rxlab.record.workload import Workload
+
+# What a plan is reckoned with, from the runs of data/ (two virtual CPUs); it is printed as "about". A traced run also holds
+# what the rest of the machine did meanwhile.
+ROUND_TRIP_SECONDS = 120e-6
+RUN_SECONDS = {"untraced": 1.3, "pcap": 2.2, "min": 3.5, "std": 3.5, "full": 4.0}
+RUN_BYTES = {"untraced": 150_000, "pcap": 160_000, "min": 800_000, "std": 1_200_000, "full": 1_800_000}
+BYTES_PER_SECOND = {"untraced": 0, "pcap": 0, "min": 500_000, "std": 1_000_000, "full": 1_500_000}
+BYTES_PER_MESSAGE = {"untraced": 100, "pcap": 400, "min": 2_500, "std": 4_500, "full": 6_500}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run is expected to take."""
+
+    seconds: float
+    bytes: int
+
+
+def estimate(spec: Spec, cell: Cell) -> Estimate:
+    """Reckon the duration and the size of one run; a command's are not known and count as one second of nothing."""
+    load = with_fields(spec.workload, split_configuration(cell.configuration)[1])
+    start = RUN_SECONDS[cell.arm]
+    if not isinstance(load, Workload):
+        return Estimate(start + 1.0, RUN_BYTES[cell.arm] + BYTES_PER_SECOND[cell.arm])
+    per_second = load.rate if load.mode == "open" else load.flows / ROUND_TRIP_SECONDS
+    limits = [load.messages * load.flows / per_second] if load.messages else []
+    seconds = min([*limits, *([load.duration] if load.duration else [])])
+    per_run = RUN_BYTES[cell.arm] + seconds * (BYTES_PER_SECOND[cell.arm] + per_second * BYTES_PER_MESSAGE[cell.arm])
+    return Estimate(start + seconds, int(per_run))
+
+
+def plan_lines(spec: Spec) -> Iterator[str]:
+    """Yield the plan as text: what varies, every run in its order, duration and size."""
+    cells = spec.cells()
+    reckoned = [estimate(spec, cell) for cell in cells]
+    yield f"{spec.name}: {spec.title}"
+    for axis, labels in spec.axes.items():
+        yield f"  {axis}: {', '.join(map(str, labels))}"
+    for cell in cells:
+        yield f"{cell.name}: {cell_text(cell)}"
+    yield from link_lines(spec.configurations)
+    seconds = sum(one.seconds for one in reckoned) + spec.warm_up * min(one.seconds for one in reckoned)
+    yield (
+        f"{len(cells)} runs, {len(spec.configurations)} configurations x {spec.repetitions} repetitions x "
+        f"{len(spec.arms)} arms ({', '.join(spec.arms)}), {spec.order}: about {duration_text(seconds)}, "
+        f"about {sum(one.bytes for one in reckoned) / 1e6:.0f} MB"
+    )
+
+
+def link_lines(configurations: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield a line with the settings that usually take the link down where they are written; nothing where there are none."""
+    keys = {
+        key: normal_key(key).partition(":")[0] for wanted in configurations for key in split_configuration(wanted)[0]
+    }
+    if dropping := sorted(key for key, kind in keys.items() if KINDS[kind].drops_link):
+        yield f"the link may go down for a moment, at each change and to restore: {', '.join(dropping)}"
+
+
+def cell_text(cell: Cell) -> str:
+    """Return what one run is, for people."""
+    place = ", ".join(f"{axis}={label}" for axis, label in cell.labels.items()) or "host as it is"
+    return f"{cell.arm}, {place}, repetition {cell.repetition + 1}"
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration as ``1 h 02 min``, ``3 min 20 s`` or ``12 s``."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+class Progress:
+    """Says before each run what it is and how much time is left, reckoned from the runs so far."""
+
+    def __init__(self, spec: Spec, folder: Path, say: Callable[[str], None]) -> None:
+        self._say, self._folder = say, folder
+        self._reckoned = {cell.name: estimate(spec, cell).seconds for cell in spec.cells()}
+        self._last: tuple[float, str] | None = None
+        self._took = self._expected = 0.0
+
+    def __call__(self, number: int, total: int, cell: Cell) -> None:
+        """Say it; the progress callback of :func:`rxlab.record.sweep.sweep`."""
+        now = time.monotonic()
+        if self._last is not None:
+            self._took += now - self._last[0]
+            self._expected += self._reckoned[self._last[1]]
+        is_there = complete_run(self._folder / cell.name) is not None
+        self._last = None if is_there else (now, cell.name)
+        names = list(self._reckoned)
+        pace = self._took / self._expected if self._expected else 1.0
+        left = duration_text(pace * sum(self._reckoned[name] for name in names[number:]))
+        self._say(f"[{number + 1}/{total}] {cell_text(cell)}" + (": there already" if is_there else f" ({left} left)"))
