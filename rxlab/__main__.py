@@ -271,6 +271,11 @@ def analyze(
         print(
             f"dataset: {result['dataset']}  packets {result['packets']}  complete {result['complete']:.4f}  verdict {result['verdict']}"
         )
+        if result.get("left_out"):
+            left = ", ".join(f"{count} {name}" for name, count in result["left_out"].items())
+            print(f"statistics leave out {sum(result['left_out'].values())} data packets: {left}")
+        for reason in result["reasons"]:
+            print(f"because {reason}")
     below = analysis_threshold(result)
     if below:
         raise RefusedError(below, where=str(run or perf))
@@ -293,7 +298,7 @@ def inspect(file: Path, as_json: Json = False) -> None:
 def show(
     run: Path,
     packet: Annotated[int | None, typer.Option(help="Frame number, as Wireshark shows it.")] = None,
-    slowest: Annotated[int, typer.Option(help="List the N slowest packets instead.")] = 0,
+    slowest: Annotated[int, typer.Option(help="List the N slowest packets and the hop that made each slow.")] = 0,
     functions: Annotated[
         bool, typer.Option("--functions", help="The log of kernel functions by phase; RUN may be such a text file.")
     ] = False,
@@ -303,7 +308,8 @@ def show(
 ) -> None:
     """Print the life of one packet, hop by hop."""
     from rxlab.dataset.run import open_run
-    from rxlab.show.text import packet_life, slowest_packets
+    from rxlab.show.life import packet_life
+    from rxlab.show.text import slowest_packets
 
     if functions:
         from rxlab.pipeline import function_phases
@@ -318,8 +324,11 @@ def show(
         return
     if packet is None and not slowest:
         raise UsageError("nothing to show", expected="--packet N, --slowest N, --moves or --functions")
-    tree = open_run(run).tree
-    print(packet_life(tree, packet) if packet is not None else slowest_packets(tree, slowest))
+    opened = open_run(run)
+    if packet is None:
+        print(slowest_packets(opened.tree, slowest))
+    else:
+        print(packet_life(opened.tree, packet, opened.events if opened.is_traced else None))
 
 
 @app.command()

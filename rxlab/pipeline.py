@@ -401,7 +401,7 @@ def analyze_run(
     Returns
     -------
     dict
-        ``dataset, packets, data_packets, complete, verdict, reasons, missing_stages``.
+        ``dataset, packets, data_packets, trusted, complete, left_out`` (by status), ``verdict, reasons, missing_stages``.
     """
     if perf or pcap:
         return _analyze_recordings(path, out, perf, pcap, iface)
@@ -451,7 +451,7 @@ def _analyze_recordings(
 
 def _outcome(target: Path, joined: Joined, found: Mapping[str, Any]) -> dict[str, Any]:
     """Return what to tell about an analysis."""
-    told = {key: found[key] for key in ("data_packets", "complete", "verdict", "reasons")}
+    told = {key: found[key] for key in ("data_packets", "trusted", "complete", "left_out", "verdict", "reasons")}
     return {"dataset": str(target), "packets": joined.packets.n, **told}
 
 

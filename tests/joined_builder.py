@@ -146,6 +146,7 @@ def _packets(
         "attribution": attribution,
         "status": status,
         "is_data": full(True, bool),
+        "trusted": reader >= 0,
         "drop_reason": full(0, np.int16),
     }
     return Columns(arrays, {"categories": {"comm": ["rx server"], "drop_reason": ["none", "SOCKET_RCVBUFF"]}})
@@ -166,12 +167,13 @@ def _flows() -> Columns:
 
 
 def _coverage(time: np.ndarray, order: Sequence[str], lost: np.ndarray) -> Columns:
-    arrays = {name: np.zeros(len(STAGE_NAMES), np.int64) for name in ("expected", "matched", *STATUSES)}
+    arrays = {name: np.zeros(len(STAGE_NAMES), np.int64) for name in ("expected", "matched", "doubtful", *STATUSES)}
     for name in order:
         stage = STAGE_INDEX[name]
         arrays["expected"][stage] = len(time)
         arrays["matched"][stage] = int((time[:, stage] != NAT).sum())
         arrays["lost"][stage] = len(time) - arrays["matched"][stage]
+        arrays["doubtful"][stage] = arrays["lost"][stage]
     return Columns(arrays)
 
 

@@ -88,6 +88,11 @@ class Run:
             )
         return read_events(self.rundir.file(PERF_DATA))
 
+    @property
+    def events(self) -> Mapping[str, Columns]:
+        """The kernel events with their times on CLOCK_MONOTONIC, as the join takes them."""
+        return on_monotonic(self.perf, self.rundir)[0]
+
     @cached_property
     def packets(self) -> Columns:
         """The captured packets, both directions."""

@@ -15,6 +15,7 @@ import numpy as np
 import xarray as xr
 
 from rxlab.errors import SchemaError
+from rxlab.follow.stagetrust import MAX_DOUBTFUL, STAGE_VERDICTS
 from rxlab.stages import ATTRIBUTIONS, PATH_KINDS, STAGE_NAMES, STATUSES, TOTALS
 
 SCHEMA_VERSION = 1
@@ -132,6 +133,8 @@ def _packets() -> list[Variable]:
         v("t0_stage", p, "int8", "1", "", "first kernel stage seen", "start of total_latency: code of a stage", "-1: no kernel stage seen", flags=STAGE_NAMES),
         v("attribution", p, "int8", "1", "", "attribution", "why the reader ran when it did", flags=ATTRIBUTIONS),
         v("status", p, "int8", "1", "", "status", "what became of the packet; statistics use complete rows", flags=STATUSES),
+        v("trusted", p, "bool", "1", "", "trusted",
+          "the call that read the packet is named without doubt: status complete, or lost or blind with stages that were not delivered"),
         v("is_data", p, "bool", "1", "", "carries payload", "payload a reader can consume; the denominator of completeness"),
         v("drop_reason", p, "int16", "1", "", "drop reason", "reason of skb:kfree_skb, code of the attribute flag_meanings", "0: not dropped", True),
     ]  # fmt: skip
@@ -168,42 +171,17 @@ def _coverage() -> list[Variable]:
     return [
         Variable("coverage", "stage", s, "str", "", "", "stage of the path", "as in /packets"),
         Variable("coverage", "cause", c, "str", "", "", "cause", "why a stage is missing: the packet's status"),
-        Variable(
-            "coverage",
-            "expected",
-            s,
-            "int64",
-            "1",
-            "",
-            "packets expected",
-            "packets whose path kind and attribution require the stage",
-        ),
-        Variable(
-            "coverage", "matched", s, "int64", "1", "", "packets matched", "of those, packets with the stage seen"
-        ),
-        Variable(
-            "coverage",
-            "fraction",
-            s,
-            "float64",
-            "1",
-            "",
-            "share matched",
-            "matched / expected",
-            "NaN: no packet requires the stage",
-        ),
-        Variable(
-            "coverage",
-            "missing",
-            ("stage", "cause"),
-            "int64",
-            "1",
-            "",
-            "packets missing",
-            "expected packets without the stage, by cause",
-        ),
+        Variable("coverage", "expected", s, "int64", "1", "", "packets expected", "packets whose path kind and attribution require the stage"),
+        Variable("coverage", "matched", s, "int64", "1", "", "packets matched", "of those, packets with the stage seen"),
+        Variable("coverage", "fraction", s, "float64", "1", "", "share matched", "matched / expected", "NaN: no packet requires the stage"),
+        Variable("coverage", "missing", ("stage", "cause"), "int64", "1", "", "packets missing", "expected packets without the stage, by cause"),
+        Variable("coverage", "doubtful", s, "int64", "1", "", "packets in doubt",
+                 "expected packets that leave the stage in doubt: flagged rows, of the trusted ones among them only those that miss it"),
+        Variable("coverage", "verdict", s, "int8", "1", "", "verdict on the stage",
+                 f"degraded: more than {MAX_DOUBTFUL:.0%} of the expected packets leave it in doubt", flags=STAGE_VERDICTS),
         Variable("coverage", "packets", c, "int64", "1", "", "packets", "rows of /packets with this status"),
-    ]
+        Variable("coverage", "trusted", c, "int64", "1", "", "packets trusted", "of those, rows that are trusted"),
+    ]  # fmt: skip
 
 
 def _clocks() -> list[Variable]:

@@ -182,8 +182,19 @@ def _effective_size(is_below: np.ndarray, quantile: float, confidence: float) ->
 
 
 def usable(packets: xr.Dataset) -> np.ndarray:
-    """Return which rows statistics use: complete data packets; bool array, dims (packet,)."""
+    """Return which rows statistics use; bool array, dims (packet,).
+
+    Complete data packets: trusted, and with every stage their path must show. Those trusted although stages were not delivered
+    (status lost or blind) name their reader, but their hops would reach over what is missing.
+    """
     return (packets["status"].values == STATUSES.index("complete")) & packets["is_data"].values.astype(bool)
+
+
+def left_out(packets: xr.Dataset) -> dict[str, int]:
+    """Return how many data packets statistics leave out, by status."""
+    rows = packets["is_data"].values.astype(bool) & ~usable(packets)
+    counts = np.bincount(packets["status"].values[rows], minlength=len(STATUSES))
+    return {name: int(count) for name, count in zip(STATUSES, counts, strict=True) if count}
 
 
 def hop_values(tree: xr.DataTree, hop: str, rows: np.ndarray | None = None) -> np.ndarray:
@@ -215,9 +226,10 @@ def quantile_table(tree: xr.DataTree, *, confidence: float = 0.95) -> xr.Dataset
     -------
     xarray.Dataset
         dims (hop, quantile): ``latency``, ``latency_low``, ``latency_high`` in ns (limits NaN for the quantiles of ``SHOWN``);
-        dims (hop,): ``n`` packets, ``modes`` humps found.
+        dims (hop,): ``n`` packets, ``modes`` humps found. Attributes: ``packets_used``, and ``left_out`` by status.
     """
-    rows = usable(tree["packets"].to_dataset())
+    packets = tree["packets"].to_dataset()
+    rows = usable(packets)
     labels = tree["hops"].to_dataset()
     hops = [str(hop) for hop in labels["hop"].values]
     levels = (*QUANTILES, *SHOWN)
@@ -241,6 +253,10 @@ def quantile_table(tree: xr.DataTree, *, confidence: float = 0.95) -> xr.Dataset
             "modes": ("hop", modes, {"units": "1", "long_name": "humps of the distribution"}),
         },
         {"hop": hops, "quantile": list(levels), "hop_kind": ("hop", labels["hop_kind"].values)},
+        {
+            "packets_used": int(rows.sum()),
+            "left_out": ", ".join(f"{n} {name}" for name, n in left_out(packets).items()),
+        },
     )
 
 

@@ -19,6 +19,7 @@ import xarray as xr
 from rxlab.dataset import schema
 from rxlab.dataset.moves import reader_moves
 from rxlab.errors import FormatError, RxlabError
+from rxlab.follow.stagetrust import stage_verdicts
 from rxlab.read.columns import Columns
 from rxlab.read.pyperfjson import read_pyperf
 from rxlab.rundir import (
@@ -211,7 +212,7 @@ def _packets(joined: Any, host: Mapping[str, Any], offset: int) -> xr.Dataset:
     }
     direct = (
         "flow", "direction", "wire_len", "payload_len", "seq", "skb", "socket", "tid", "rx_queue", "rps_cpu", "waker_cpu",
-        "reader_cpu", "gro_segments", "pcap_frame", "path_kind", "t0_stage", "attribution", "status", "is_data",
+        "reader_cpu", "gro_segments", "pcap_frame", "path_kind", "t0_stage", "attribution", "status", "is_data", "trusted",
     )  # fmt: skip
     for name in direct:
         variables[name] = _array("packets", name, columns[name])
@@ -354,7 +355,7 @@ def _coverage(joined: Any) -> xr.Dataset:
     columns: Columns = joined.coverage
     expected = np.asarray(columns["expected"], np.int64)
     matched = np.asarray(columns["matched"], np.int64)
-    absent = np.zeros(len(STAGE_NAMES), np.int64)
+    absent, status = np.zeros(len(STAGE_NAMES), np.int64), np.asarray(joined.packets["status"])
     with np.errstate(invalid="ignore"):
         fraction = np.where(expected > 0, matched / expected, np.nan)
     values = {
@@ -364,7 +365,10 @@ def _coverage(joined: Any) -> xr.Dataset:
         "matched": matched,
         "fraction": fraction,
         "missing": np.stack([np.asarray(columns[s], np.int64) if s in columns else absent for s in STATUSES], axis=1),
-        "packets": np.bincount(np.asarray(joined.packets["status"]), minlength=len(STATUSES)),
+        "doubtful": columns["doubtful"],
+        "verdict": stage_verdicts(columns, joined.verdict),
+        "packets": np.bincount(status, minlength=len(STATUSES)),
+        "trusted": np.bincount(status[np.asarray(joined.packets["trusted"], bool)], minlength=len(STATUSES)),
     }
     return xr.Dataset({name: _array("coverage", name, value) for name, value in values.items()})
 

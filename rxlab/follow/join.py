@@ -25,6 +25,7 @@ from rxlab.follow.older import as_on_newer_kernels
 from rxlab.follow.queues import consume_datagrams
 from rxlab.follow.repeats import covered_segments
 from rxlab.follow.stagetable import StageTable
+from rxlab.follow.stagetrust import doubtful_stages
 from rxlab.follow.status import (
     TCP,
     TRUSTED,
@@ -62,7 +63,7 @@ class Joined:
     flows : Columns, dims (flow,)
         One per direction of a 5-tuple; ``attrs["labels"]`` has their text.
     coverage : Columns, dims (stage,)
-        ``expected``, ``matched`` and one count per status for the missing.
+        ``expected``, ``matched``, ``doubtful`` (stagetrust.py) and one count per status for the missing.
     clock : ClockMap
     gates : dict
         Name -> ``{"ok", "violations", ...}``.
@@ -439,6 +440,7 @@ def _coverage(required: np.ndarray, time: np.ndarray, columns: Columns) -> Colum
         "expected": required.sum(axis=0),
         "matched": (required & seen).sum(axis=0),
         "seen": seen.sum(axis=0),
+        "doubtful": doubtful_stages(required, time, columns),
     }
     for code, name in enumerate(STATUSES):
         counts[name] = (required & ~seen & (columns["status"] == code)[:, None]).sum(axis=0)

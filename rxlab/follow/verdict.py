@@ -11,6 +11,7 @@ from rxlab.follow.asof import pick
 from rxlab.follow.clockfit import NAT
 from rxlab.follow.consumption import Consumption
 from rxlab.follow.kernelpath import KernelPath
+from rxlab.follow.stagetrust import doubt_text
 from rxlab.follow.status import FLAGGED, NOT_COUNTED, TCP, UDP, Evidence
 from rxlab.read.columns import Columns
 from rxlab.stages import STAGE_INDEX, STATUSES
@@ -64,6 +65,8 @@ def give_verdict(joined: Joined, evidence: Evidence) -> None:
         failed = [name for name, gate in joined.gates.items() if not gate["ok"]]
         joined.verdict = "degraded" if failed or evidence.damage else "trusted"
         joined.reasons = [f"{name}: {joined.gates[name]['violations']} violations" for name in failed]
+    if joined.verdict == "degraded":
+        joined.reasons += doubt_text(columns, joined.coverage, joined.verdict)
     joined.reasons += evidence.damage
 
 

@@ -108,7 +108,7 @@ def verify_join(
     -------
     dict
         ``checked, complete, misjoined, trusted, flagged, data_packets, t1_minus_exit_ns, scm_minus_pcap_ns, byte_sums_equal,
-        counters_agree, verdict, reasons, statuses``; what could not be checked is None.
+        counters_agree, verdict, reasons, statuses, left_out`` (data packets that statistics do not use, by status); what could not be checked is None.
     """
     columns = joined.packets
     names = np.asarray(STATUSES)[columns["status"]]
@@ -126,13 +126,19 @@ def verify_join(
         "counters_agree": _compare_counters(joined, counters, events or {}),
         "verdict": joined.verdict,
         "reasons": list(joined.reasons),
-        "statuses": {name: int((names == name).sum()) for name in STATUSES if (names == name).any()},
+        "statuses": _counts(names),
+        "left_out": _counts(names[columns["is_data"] & (names != "complete")]),
     }
     if app_log is not None and len(app_log):
         call = calls_of_packets(joined, app_log, messages)
         _judge_calls(result, joined, app_log, call)
         result["byte_sums_equal"] = bool(result["byte_sums_equal"]) and _log_sums_equal(joined, app_log)
     return _with_judges(result)
+
+
+def _counts(names: np.ndarray) -> dict[str, int]:
+    """Count statuses, in the order of their table."""
+    return {name: int((names == name).sum()) for name in STATUSES if (names == name).any()}
 
 
 def _with_judges(result: dict[str, Any]) -> dict[str, Any]:

@@ -275,7 +275,7 @@ def _coverage(runs: Sequence[AnalysedRun]) -> Check:
 
 
 def _flagged(runs: Sequence[AnalysedRun]) -> Check:
-    shares = []
+    shares, left, trusted = [], 0, 0
     for run in runs:
         packets = run.tree["packets"].to_dataset()
         data = packets["is_data"].values.astype(bool)
@@ -284,11 +284,13 @@ def _flagged(runs: Sequence[AnalysedRun]) -> Check:
             [STATUSES.index(name) for name in ("ambiguous", "negative", "incomplete", "unmatched", "lost", "blind")],
         )
         shares.append(float((doubtful & data).sum() / max(data.sum(), 1)))
+        left += sum(stats.left_out(packets).values())
+        trusted += int((data & stats.usable(packets)).sum())
     worst = max(shares)
     return Check(
         "Packets that could not be followed",
         GOOD if worst <= 0.01 else WARN if worst <= 0.05 else BAD,
-        f"at most {100 * worst:.2f} % of a run's data packets, left out and counted",
+        f"at most {100 * worst:.2f} % of a run's data packets; statistics use {trusted:,} and leave out {left:,}",
     )
 
 
