@@ -42,21 +42,32 @@ class RunAccessor:
         return stats.locality(self._traced())
 
     def slowest(self, n: int = 10) -> xr.Dataset:
-        """Return the `n` packets that took longest, slowest first, and the step that took longest in each.
+        """Return the `n` packets that took longest, slowest first, and the step that made each slow.
+
+        That is the step furthest beyond its usual latency, the median of the run, not the longest: a step that always takes
+        long makes no packet slow.
 
         Returns
         -------
         xarray.Dataset, dims (packet,)
             ``frame``, ``row`` (of /packets), ``total_latency`` ns, ``slowest_hop`` (the stage it ends at), ``hop_from``, ``hop_latency``
-            ns, ``cpu`` at that stage, ``comm``. Complete data packets only.
+            and ``usual_latency`` ns, ``cpu`` at that stage, ``comm``. Complete data packets only.
         """
         tree = self._traced()
         packets, hops = tree["packets"].to_dataset(), tree["hops"].to_dataset()
         total = hops["latency"].sel(hop="total_latency").values
-        rows = np.flatnonzero(stats.usable(packets) & ~np.isnan(total))
-        rows = rows[np.argsort(-total[rows], kind="stable")][:n]
-        steps = hops["latency"].values[rows][:, : len(schema.STEP_NAMES)]
-        step = np.where(np.isnan(steps), -np.inf, steps).argmax(axis=1) if len(rows) else np.zeros(0, np.int64)
+        usable = np.flatnonzero(stats.usable(packets) & ~np.isnan(total))
+        rows = usable[np.argsort(-total[usable], kind="stable")][:n]
+        # The step from the NIC's stamp lies before total_latency.
+        within = hops["hop_from"].values[:, : len(schema.STEP_NAMES)] != STAGE_NAMES.index("nic")
+        usual = np.full(len(schema.STEP_NAMES), np.nan)
+        steps = np.full((len(rows), len(usual)), np.nan)
+        for column in range(len(usual)):  # one at a time: a run may be larger than memory
+            values = np.where(within[:, column], hops["latency"].isel(hop=column).values, np.nan)
+            if np.isfinite(values[usable]).any():
+                usual[column] = np.nanmedian(values[usable])
+            steps[:, column] = values[rows]
+        step = _culprit(steps, usual) if len(rows) else np.zeros(0, np.int64)
         each = np.arange(len(rows))
         comm = schema.meanings(packets["comm"]) if "flag_values" in packets["comm"].attrs else {}
         ns = {"units": "ns", "clock": schema.MONO}
@@ -69,6 +80,7 @@ class RunAccessor:
                 "slowest_hop": ("packet", np.array(schema.STEP_NAMES, dtype=object)[step]),
                 "hop_from": ("packet", stages[hops["hop_from"].values[rows, step]]),
                 "hop_latency": ("packet", steps[each, step], ns),
+                "usual_latency": ("packet", usual[step], ns),
                 "cpu": ("packet", packets["cpu"].values[rows, step + 1]),  # the first stage ends no step
                 "comm": (
                     "packet",
@@ -296,6 +308,13 @@ class SweepAccessor:
         there = [name for name in WORKLOAD_HOPS if name in latency["hop"].values]
         seen = [name for name in there if bool(latency.sel(hop=name).notnull().any())]
         return hop or (seen[0] if seen else "total_latency")
+
+
+def _culprit(steps: np.ndarray, usual: np.ndarray) -> np.ndarray:
+    """Return for each packet the step furthest beyond its usual latency; the longest where none is beyond it."""
+    longest = np.where(np.isnan(steps), -np.inf, steps)
+    excess = longest - np.nan_to_num(usual)
+    return np.where((excess > 0).any(axis=1), excess.argmax(axis=1), longest.argmax(axis=1))
 
 
 def _compare_cells(a: np.ndarray, b: np.ndarray) -> stats.Comparison | None:

@@ -1,4 +1,4 @@
-"""Plain text for a terminal: the life of one packet, the slowest ones, a verification."""
+"""Plain text for a terminal: the slowest packets, a verification."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from rxlab.dataset import schema, stats
+from rxlab.dataset import stats
 from rxlab.errors import RxlabError, UsageError
-from rxlab.show.plots import microseconds, packet_steps
-from rxlab.stages import STAGE_INDEX, STAGES
+from rxlab.show.style import microseconds
 
 
-def _packets(tree: xr.DataTree) -> xr.Dataset:
+def packets_of(tree: xr.DataTree) -> xr.Dataset:
     """Return /packets, refusing a run that has none."""
     if "packets" not in tree.children:
         raise RxlabError(
@@ -28,7 +27,7 @@ def _packets(tree: xr.DataTree) -> xr.Dataset:
 
 def row_of_frame(tree: xr.DataTree, frame: int) -> int:
     """Return the row of a packet given its frame number, as Wireshark shows it."""
-    frames = _packets(tree)["pcap_frame"].values
+    frames = packets_of(tree)["pcap_frame"].values
     rows = np.flatnonzero(frames == frame)
     if not len(rows):
         seen = frames[frames > 0]
@@ -37,67 +36,23 @@ def row_of_frame(tree: xr.DataTree, frame: int) -> int:
     return int(rows[0])
 
 
-def packet_life(tree: xr.DataTree, frame: int) -> str:
-    """Return the life of one packet hop by hop: time, CPU, kernel function and file, and what became of it."""
-    row = row_of_frame(tree, frame)
-    everything = _packets(tree)
-    packets = everything.isel(packet=row)
-
-    def word(name: str) -> str:
-        return schema.meanings(everything[name]).get(int(packets[name]), "?")
-
-    flow = int(packets["flow"])
-    label = str(tree["flows"].to_dataset()["label"].values[flow]) if flow >= 0 else "no flow"
-    lines = [
-        f"frame {frame}  {label}  {int(packets['wire_len'])} bytes on the wire, {int(packets['payload_len'])} payload",
-        f"status {word('status')}, path {word('path_kind')}, reader {word('attribution')}"
-        + (f", tid {int(packets['tid'])} ({word('comm')})" if int(packets["tid"]) >= 0 else ", no reader seen"),
-        "",
-    ]
-    if int(packets["t0_stage"]) < 0 or np.isnat(packets["time"].values).all():
-        return "\n".join([*lines, "No stage of this packet was seen: the status says why."])
-    lines.append(f"{'since first':>12} {'this hop':>10}  cpu  {'stage':<18} kernel function (file)")
-    steps = packet_steps(tree, row)
-    for step in steps:
-        stage = STAGES[STAGE_INDEX[step["stage"]]]
-        since = step["start_ns"] + step["latency_ns"]
-        lines.append(
-            f"{microseconds(since):>12} {microseconds(step['latency_ns']):>10}  {step['cpu']:>3}  "
-            f"{stage.name:<18} {stage.function} ({stage.source})"
-        )
-    lines += [
-        "",
-        f"{len(steps)} events recorded on this path; each cost about 0.5 to 0.7 us, which these times include.",
-    ]
-    return "\n".join(lines)
-
-
 def slowest_packets(tree: xr.DataTree, n: int) -> str:
-    """Return the `n` slowest usable packets (all, where there are fewer) and the hop that took longest in each."""
+    """Return the `n` slowest usable packets (all, where there are fewer) and the hop that made each slow, as lines."""
     if n < 1:
         raise UsageError("no number of packets", where="--slowest", found=str(n), expected="1 or more")
-    packets, hops = _packets(tree), tree["hops"].to_dataset()
-    rows = np.flatnonzero(stats.usable(packets))
-    total = hops["latency"].sel(hop="total_latency").values[rows]
-    rows, total = rows[~np.isnan(total)], total[~np.isnan(total)]
-    chosen = np.argsort(-total, kind="stable")[:n]
-    rows, total = rows[chosen], total[chosen]
-    steps = hops.isel(hop=np.flatnonzero(hops["hop_kind"].values == "step"), packet=rows)
-    # The step from the NIC's stamp lies before total_latency.
-    latency = np.where(
-        np.isnan(steps["latency"].values) | (steps["hop_from"].values == STAGE_INDEX["nic"]),
-        -np.inf,
-        steps["latency"].values,
-    )
-    worst = latency.argmax(axis=1)
-    before, cpu, frames = steps["hop_from"].values, packets["cpu"].values[rows], packets["pcap_frame"].values[rows]
-    lines = [f"{'frame':>9} {'total':>10}  slowest hop"]
-    for at, hop in enumerate(worst.tolist()):
-        stage = STAGE_INDEX[str(steps["hop"].values[hop])]
+    packets_of(tree)
+    found = tree.rx.slowest(n)
+    lines = [f"{'frame':>9} {'total':>10}  the hop that made it slow"]
+    for at in range(found.sizes["packet"]):
+        one = found.isel(packet=at)
         lines.append(
-            f"{frames[at]:>9} {microseconds(float(total[at])):>10}  {STAGES[int(before[at, hop])].name} -> "
-            f"{STAGES[stage].name}: {microseconds(float(latency[at, hop]))} on cpu {int(cpu[at, stage])}"
+            f"{int(one['frame']):>9} {microseconds(float(one['total_latency'])):>10}  {one['hop_from'].item()} -> "
+            f"{one['slowest_hop'].item()}: {microseconds(float(one['hop_latency']))} on cpu {int(one['cpu'])}, "
+            f"usually {microseconds(float(one['usual_latency']))}"
         )
+    left = stats.left_out(packets_of(tree))
+    if left:
+        lines.append("left out: " + ", ".join(f"{count} {name}" for name, count in left.items()))
     return "\n".join(lines)
 
 
