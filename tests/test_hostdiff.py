@@ -74,6 +74,18 @@ def test_drift_names_settings_and_moved_interrupts(tmp_path: Path) -> None:
     }
 
 
+def test_an_interrupt_that_moved_late_is_no_drift(tmp_path: Path) -> None:
+    """Where it was sent before the run began, it comes from its next interrupt on."""
+    host = FakeHost(tmp_path / "root")
+    host.write("proc/irq/26/smp_affinity_list", "0")
+    snapshot = snapshot_host("eth0", None, host.root)
+    host.write("proc/irq/26/effective_affinity_list", "0")
+    assert settings_drift(snapshot, "eth0", None, host.root) == {}
+    host.write("proc/irq/26/smp_affinity_list", "1")
+    host.write("proc/irq/26/effective_affinity_list", "1")
+    assert settings_drift(snapshot, "eth0", None, host.root) == {"irq_cpus@eth0/rx-1": ("0", "1")}
+
+
 def test_drift_of_settings_in_force(tmp_path: Path) -> None:
     host = FakeHost(tmp_path / "root")
     options = {"allow_system_changes": True, "journal_dir": tmp_path / "journal", "open_access": host.open}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rxlab.host.access import HostAccess
+from rxlab.host.cpulist import parse_cpus
 from rxlab.host.settings import read_settings
 from rxlab.host.topology import read_queues
 from rxlab.rundir import HOST_JSON, read_json
@@ -46,10 +47,12 @@ def settings_drift(
 ) -> dict[str, tuple[str, str | None]]:
     """Return the settings that are not now as a run's host.json says, and the interrupts that were moved: label to values.
 
-    Timers that adaptive moderation moves by itself are left out.
+    Timers that adaptive moderation moves by itself are left out. So is an interrupt that was not yet where it had been sent: without
+    interrupt remapping it moves when it next comes (arch/x86/kernel/apic/msi.c: msi_set_affinity, IRQD_SETAFFINITY_PENDING).
     """
     then = snapshot["ifaces"].get(iface) or {}
-    before = {**snapshot.get("settings", {}), **then.get("settings", {}), **_effective(iface, then.get("queues") or [])}
+    moved = filter(_has_moved, then.get("queues") or [])
+    before = {**snapshot.get("settings", {}), **then.get("settings", {}), **_effective(iface, moved)}
     with HostAccess(None, root) as host, HostAccess(netns, root) as inside:
         now = {
             **read_settings(None, None, host),
@@ -64,12 +67,18 @@ def settings_drift(
     }
 
 
-def _effective(iface: str, queues: list[dict[str, Any]]) -> dict[str, str]:
+def _effective(iface: str, queues: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     return {
         f"irq_effective@{iface}/rx-{queue['queue']}": queue["irq_effective"]
         for queue in queues
         if queue.get("irq_effective")
     }
+
+
+def _has_moved(queue: Mapping[str, Any]) -> bool:
+    """Tell whether a queue's interrupt comes where it was sent."""
+    came, sent = queue.get("irq_effective"), queue.get("irq_cpus")
+    return not came or not sent or set(parse_cpus(came)) <= set(parse_cpus(sent))
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, str]]:

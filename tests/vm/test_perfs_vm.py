@@ -31,7 +31,7 @@ def of_interface(columns: Columns, first: int, last: int) -> Columns:
 def test_the_columns_are_the_same(done: Finished) -> None:
     one = read_events(done.folder / "twice" / PERF_DATA)
     two = read_events(done.folder / "second.data")
-    assert one.meta["version"] != two.meta["version"], "two versions of perf, or this test says nothing"
+    assert one.meta["perf_version"] != two.meta["perf_version"], "two versions of perf, or this test says nothing"
     assert not one.lost.n
     assert not two.lost.n
     names = {name for name, columns in two.events.items() if columns.n and name in one.events}
