@@ -140,6 +140,13 @@ ATTRIBUTIONS: tuple[str, ...] = (
     "preempted",  # the reader was runnable, no wake was needed
 )
 
+# How a packet's bytes were taken out of the socket.
+READER_KINDS: tuple[str, ...] = (
+    "unknown",  # no reader seen, or the recording lacks io_uring's event
+    "syscall",  # recv*, read*: a receive system call
+    "io_uring",  # a request in an io_uring
+)
+
 # What became of a row. Bad values are kept and counted, never dropped.
 STATUSES: tuple[str, ...] = (
     "complete",  # every stage its path kind and attribution class require
@@ -311,6 +318,7 @@ _STD = (
     "sched:sched_wakeup",
     "skb:kfree_skb",
     "sock:sock_rcvqueue_full",
+    "io_uring:io_uring_complete",
 )
 _FULL = (
     *_STD,

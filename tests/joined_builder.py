@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rxlab.read.columns import Columns
-from rxlab.stages import ATTRIBUTIONS, ORDER, PATH_KINDS, STAGE_INDEX, STAGE_NAMES, STATUSES
+from rxlab.stages import ATTRIBUTIONS, ORDER, PATH_KINDS, READER_KINDS, STAGE_INDEX, STAGE_NAMES, STATUSES
 
 NAT = np.iinfo(np.int64).min
 OFFSET = 1_790_000_000_123_456_789  # CLOCK_REALTIME - CLOCK_MONOTONIC
@@ -147,6 +147,12 @@ def _packets(
         "status": status,
         "is_data": full(True, bool),
         "trusted": reader >= 0,
+        "last_read_cpu": np.where(reader >= 0, cpus[1], -1).astype(np.int16),
+        "sleep_time": np.where(reader >= 0, time[:, STAGE_INDEX[first]] - 7_000, NAT),
+        "sleep_cpu": reader.copy(),
+        "reader_kind": np.where(reader >= 0, READER_KINDS.index("syscall"), 0).astype(np.int8),
+        "skb_hash": full(0x40000000, np.int64),
+        "l4_hash": full(1, np.int8),
         "drop_reason": full(0, np.int16),
     }
     return Columns(arrays, {"categories": {"comm": ["rx server"], "drop_reason": ["none", "SOCKET_RCVBUFF"]}})

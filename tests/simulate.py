@@ -33,7 +33,7 @@ DROP_REASON = 42
 class World:
     """A simulated recording and its truth.
 
-    ``truth``, dims (packet,): ``received, copied, returned`` (ns, -1: never), ``payload``, ``merged``, ``dropped``, ``duplicate``,
+    ``truth``, dims (packet,): ``received, copied, returned`` (ns, -1: never), ``slept`` (when its reader had gone to sleep), ``payload``, ``merged``, ``dropped``, ``duplicate``,
     ``tid``, ``knowable`` (the events that name its reader were delivered) and ``stages``, dims (packet, stage), NaT where
     the packet has no such event.
     """
@@ -69,6 +69,8 @@ class Recipe:
         TCP: connections, each with its socket. UDP: flows spread over `sockets`, as an SO_REUSEPORT group does.
     readers : int
         Tasks. One serves all sockets (epoll); with `shared` all of them serve every socket, else each its own.
+    rings : int
+        Readers, the first ones, that receive by io_uring: each call is followed by its completion.
     peek, polling : bool
         Readers look with MSG_PEEK before they read; ask again when there is nothing instead of sleeping.
     drop_share, repeat_share, swap_share : float
@@ -97,6 +99,7 @@ class Recipe:
     sockets: int = 1
     readers: int = 1
     shared: bool = False
+    rings: int = 0
     peek: bool = False
     polling: bool = False
     drop_share: float = 0.0
@@ -141,6 +144,7 @@ class _Packet:
     address: int = 0
     lives: dict[str, dict[str, Any]] = field(default_factory=dict)
     taken: int = 0
+    slept: int = 0
     is_swapped: bool = False
 
 
@@ -280,6 +284,9 @@ class _Readers:
         self.n_sockets = told.flows if told.is_tcp else told.sockets
         self.queues: list[deque[_Packet]] = [deque() for _ in range(self.n_sockets)]
         self.asleep = dict.fromkeys(range(told.readers), START)
+        self.left_cpu: dict[int, dict[str, Any]] = {}
+        self.came: dict[int, dict[str, Any]] = {}
+        self.slept: dict[int, dict[str, Any]] = {}
         self.heap: list[tuple[int, int, int, int]] = []
         for task in self.asleep:
             self._switch(START, task, out=True)
@@ -347,9 +354,10 @@ class _Readers:
             next_comm=name,
             prev_state=int(out),
         )
-        if not out:
-            self.came = getattr(self, "came", {})
-            self.came[task] = row
+        if out:
+            self.left_cpu[task] = row
+        else:
+            self.came[task], self.slept[task] = row, self.left_cpu[task]
 
     def run(self) -> None:
         """Run until everything was read."""
@@ -412,12 +420,17 @@ class _Readers:
                 packet.lives.setdefault("copy", row)
             room, packet.taken = room - size, packet.taken + size
             packet.lives.setdefault("switch_in", self.came[task])
+            packet.slept = packet.slept or self.slept[task]["time"]
             if packet.taken == packet.payload:
                 ends.append(self.queues[socket].popleft())
                 self.left -= 1
             if not tcp:
                 break
         row = self._return(now + 600, task, socket, self.told.read_size - room, 0)
+        if task < self.told.rings:
+            self.log.add(
+                "io_uring:io_uring_complete", now + 750, 1 + task, READER + task, res=self.told.read_size - room
+            )
         for packet in ends:
             packet.lives["recvmsg"] = row
         self._push(now + 600 + self.told.work_ns, 1, task)
@@ -456,6 +469,7 @@ def _truth(told: Recipe, packets: list[_Packet]) -> dict[str, np.ndarray]:
         "dropped": np.array([packet.fate == "dropped" for packet in packets]),
         "duplicate": np.array([packet.fate == "duplicate" for packet in packets]),
         "tid": np.array([packet.lives.get("recvmsg", {}).get("tid", -1) for packet in packets]),
+        "slept": np.array([packet.slept for packet in packets]),
         "knowable": knowable,
     }  # fmt: skip
 

@@ -8,13 +8,15 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rxlab.dataset.run import join_recordings, open_run
 from rxlab.errors import TruncatedFileError
 from rxlab.follow.clockfit import NAT
+from rxlab.follow.verify import calls_of_packets, read_app_log
 from rxlab.rundir import APP_LOG_STRUCT
-from rxlab.stages import STAGE_INDEX
+from rxlab.stages import ATTRIBUTIONS, STAGE_INDEX
 
 RECV = STAGE_INDEX["recvmsg"]
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -49,6 +51,19 @@ def test_join_agrees_with_the_log(name: str) -> None:
     assert result["counters_agree"]["ok"]
     if name.startswith("udp"):
         assert result["scm_minus_pcap_ns"]["equal"] == result["scm_minus_pcap_ns"]["n"]
+
+
+@pytest.mark.parametrize("name", ["tcp-rps-off", "tcp-rps-on", "udp-rps-off", "udp-rps-on"])
+def test_the_reader_slept_inside_the_call_that_its_log_has(name: str) -> None:
+    """The built-in server waits in its receive call: there it went to sleep, by its own clock readings around the call."""
+    run = open_run(DATA / name)
+    joined, log = run.joined, read_app_log(run.rundir.file("app.log"))
+    call = calls_of_packets(joined, log, run._messages())
+    woken = (joined.packets["attribution"] == ATTRIBUTIONS.index("own_wake")) & joined.packets["trusted"]
+    rows = np.flatnonzero(woken & (call >= 0) & (joined.packets["sleep_time"] != NAT))
+    assert len(rows) >= 0.9 * woken.sum() > 300
+    asleep, truth = joined.packets["sleep_time"][rows], log[call[rows]]
+    assert ((truth["t0"] <= asleep) & (asleep <= truth["t1"])).all()
 
 
 def test_http_request_is_followed_to_its_reader() -> None:

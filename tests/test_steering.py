@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from rxlab.dataset.steering import delivered, predicted_cpus, rps_maps
 from rxlab.follow.steering import reader_moves, rps_target
 from rxlab.read.columns import Columns
 from rxlab.show.facts import moves_text
@@ -51,3 +52,27 @@ def test_a_reader_that_stays_has_no_moves() -> None:
     moves = reader_moves(*world([(10, 1), (20, 1)], [(5, 1, 7), (15, 1, 7)]))
     assert moves.n == 0
     assert moves_text(moves, []) == "no reader changed its CPU while packets came for it"
+
+
+def test_rps_by_hash_is_predicted_where_the_hash_is_the_kernels_own() -> None:
+    host = {
+        "cpus": [{"cpu": cpu, "online": cpu != 3} for cpu in range(4)],
+        "ifaces": {"eth0": {"queues": [{"queue": 0, "rps_cpus": "0,2-3"}, {"queue": 1, "rps_cpus": "1"}, {"queue": 2, "rps_cpus": "off"}]}},
+    }  # fmt: skip
+    maps = rps_maps(host, "eth0")
+    assert maps == {0: [0, 2], 1: [1], 2: []}  # CPU 3 is offline: store_rps_map() leaves it out
+    assert rps_maps(host, "eth1") == {}
+    packets = Columns(
+        {
+            "rx_queue": np.array([0, 0, -1, 0, 1, 2, 0]),
+            "skb_hash": np.array([0x7FFFFFFF, 0x80000000, 0x80000000, 0x80000000, -1, 5, 0x80000000]),
+            "l4_hash": np.array([1, 1, 1, 0, -1, 1, 1]),
+            "path_kind": np.array([3, 3, 3, 3, 3, 3, 0]),
+        }
+    )
+    # Two CPUs share the hashes evenly; without l4_hash the kernel hashes anew; one CPU needs no hash; RPS off; no entry seen.
+    assert predicted_cpus(packets, maps).tolist() == [0, 2, 2, -1, 1, -1, -1]
+
+
+def test_delivered_is_where_the_socket_was_read_last() -> None:
+    assert delivered(np.array([1, 1, -1, 0]), np.array([1, 0, 1, -1])).tolist() == [1, 0, -1, -1]

@@ -16,13 +16,14 @@ import xarray as xr
 
 from rxlab.errors import SchemaError
 from rxlab.follow.stagetrust import MAX_DOUBTFUL, STAGE_VERDICTS
-from rxlab.stages import ATTRIBUTIONS, PATH_KINDS, STAGE_NAMES, STATUSES, TOTALS
+from rxlab.stages import ATTRIBUTIONS, PATH_KINDS, READER_KINDS, STAGE_NAMES, STATUSES, TOTALS
 
 SCHEMA_VERSION = 1
 CONVENTIONS = "CF-1.11"
 
 REAL, MONO = "CLOCK_REALTIME", "CLOCK_MONOTONIC"
 SAME_FLAGS = ("unknown", "different", "same")  # values -1, 0, 1
+DELIVERIES = ("unknown", "elsewhere", "delivered")  # values -1, 0, 1
 DIRECTIONS = ("rx", "tx")
 VERDICTS = ("absent", "untraced", "trusted", "degraded", "refused")
 RESIDUAL_QUANTILES = (0.0, 0.01, 0.5, 0.99, 1.0)
@@ -118,6 +119,11 @@ def _packets() -> list[Variable]:
         v("comm", p, "int32", "1", "", "reader's name", "comm of tid at that time, code of the attribute flag_meanings", task),
         v("rx_queue", p, "int16", "1", "", "rx queue", "queue that received the packet", "-1: the driver did not say"),
         v("rps_cpu", p, "int16", "1", "", "RPS target CPU", "CPU that RPS or RFS chose", "-1: not moved"),
+        v("rps_predicted", p, "int16", "1", "", "CPU predicted for RPS", "CPU that get_rps_cpu() takes by the packet's hash and the queue's rps_cpus, without RFS",
+          "-1: RPS off, or the hash is not known"),
+        v("last_read_cpu", p, "int16", "1", "", "CPU of the last read", "CPU on which a receive call last returned from the packet's socket before the packet was steered: what RFS aims at",
+          "-1: not seen"),
+        v("rfs_delivered", p, "int8", "1", "", "RFS delivered", "whether netif_receive_skb ran on last_read_cpu", "-1: one of the two is unknown", flags=DELIVERIES, first_flag=-1),
         v("waker_cpu", p, "int16", "1", "", "CPU that woke the reader", "CPU of the stage waking", "-1: no wake of its own"),
         v("reader_cpu", p, "int16", "1", "", "CPU of the reader", "CPU on which the receive call returned", task),
         *(
@@ -131,6 +137,10 @@ def _packets() -> list[Variable]:
         v("pcap_frame", p, "int64", "1", "", "frame number", "1-based number in rx.pcap, as Wireshark shows it", "0: no pcap packet"),
         v("path_kind", p, "int8", "1", "", "path kind", "how the packet entered the kernel; it fixes the order of stages", flags=PATH_KINDS),
         v("t0_stage", p, "int8", "1", "", "first kernel stage seen", "start of total_latency: code of a stage", "-1: no kernel stage seen", flags=STAGE_NAMES),
+        v("sleep_time", p, "datetime64[ns]", "", REAL, "reader went to sleep", "sched_switch that took the reader off the CPU, asleep, before the switch_in of this packet",
+          "NaT: it did not sleep, or that was not seen"),
+        v("sleep_cpu", p, "int16", "1", "", "CPU the reader slept on", "CPU of that sched_switch", "-1: as sleep_time"),
+        v("reader_kind", p, "int8", "1", "", "how it was read", "receive system call, or a request in an io_uring", flags=READER_KINDS),
         v("attribution", p, "int8", "1", "", "attribution", "why the reader ran when it did", flags=ATTRIBUTIONS),
         v("status", p, "int8", "1", "", "status", "what became of the packet; statistics use complete rows", flags=STATUSES),
         v("trusted", p, "bool", "1", "", "trusted",

@@ -18,6 +18,7 @@ import xarray as xr
 
 from rxlab.dataset import schema
 from rxlab.dataset.moves import reader_moves
+from rxlab.dataset.steering import delivered, predicted_cpus, rps_maps
 from rxlab.errors import FormatError, RxlabError
 from rxlab.follow.stagetrust import stage_verdicts
 from rxlab.read.columns import Columns
@@ -67,7 +68,7 @@ def build(
     groups: dict[str, xr.Dataset] = {"/": xr.Dataset(attrs=_root_attrs(joined, run, host))}
     if joined is not None:
         offset = int(joined.clock.offset_ns)
-        groups["packets"] = _packets(joined, host, offset)
+        groups["packets"] = _packets(joined, run, host, offset)
         groups["hops"] = _hops(joined)
         groups["flows"] = _flows(joined)
         groups["coverage"] = _coverage(joined)
@@ -202,7 +203,7 @@ def _on_real_axis(time_mono: np.ndarray, offset: int) -> np.ndarray:
     return np.where(time_mono == NAT, NAT, time_mono + offset).view("datetime64[ns]")
 
 
-def _packets(joined: Any, host: Mapping[str, Any], offset: int) -> xr.Dataset:
+def _packets(joined: Any, run: Mapping[str, Any], host: Mapping[str, Any], offset: int) -> xr.Dataset:
     columns: Columns = joined.packets
     time = np.asarray(joined.time)
     variables: dict[str, xr.Variable] = {
@@ -213,6 +214,7 @@ def _packets(joined: Any, host: Mapping[str, Any], offset: int) -> xr.Dataset:
     direct = (
         "flow", "direction", "wire_len", "payload_len", "seq", "skb", "socket", "tid", "rx_queue", "rps_cpu", "waker_cpu",
         "reader_cpu", "gro_segments", "pcap_frame", "path_kind", "t0_stage", "attribution", "status", "is_data", "trusted",
+        "last_read_cpu", "sleep_cpu", "reader_kind",
     )  # fmt: skip
     for name in direct:
         variables[name] = _array("packets", name, columns[name])
@@ -226,6 +228,10 @@ def _packets(joined: Any, host: Mapping[str, Any], offset: int) -> xr.Dataset:
             codes = schema.flag_attrs(words, schema.variable("packets", name).dtype) if words else {}
             variables[name] = _array("packets", name, columns[name], **codes)
     stack_cpu = joined.cpu[:, STAGE_INDEX["netif_receive_skb"]]
+    variables["sleep_time"] = _array("packets", "sleep_time", _on_real_axis(columns["sleep_time"], offset))
+    predicted = predicted_cpus(columns, rps_maps(host, str(run.get("iface"))))
+    variables["rps_predicted"] = _array("packets", "rps_predicted", predicted)
+    variables["rfs_delivered"] = _array("packets", "rfs_delivered", delivered(stack_cpu, columns["last_read_cpu"]))
     for name, same in _locality(stack_cpu, columns["reader_cpu"], host.get("cpus") or []).items():
         variables[name] = _array("packets", name, same)
     return xr.Dataset(variables)

@@ -23,6 +23,7 @@ from rxlab.follow.kernelpath import KernelPath, event_columns, follow_kernel
 from rxlab.follow.match import STALL_NS, TOLERANCE_NS, Matched, classify_stamp, match_by_flow
 from rxlab.follow.older import as_on_newer_kernels
 from rxlab.follow.queues import consume_datagrams
+from rxlab.follow.readerfacts import reader_facts
 from rxlab.follow.repeats import covered_segments
 from rxlab.follow.stagetable import StageTable
 from rxlab.follow.stagetrust import doubtful_stages
@@ -158,6 +159,7 @@ def join(
     tid, wake = _join_reader(rows, events, path, skb, taken, lossy)
     columns = _columns(received, path, skb, tid, wake, rows, events)
     columns = columns.with_columns(position=position, is_data=(payload > 0) & (is_tcp | is_udp))
+    columns = reader_facts(rows, columns, taken, events, hidden)
     return _judge(
         rows,
         columns,
@@ -379,6 +381,7 @@ def _columns(
             "waker_cpu": rows.cpu[:, STAGE_INDEX["waking"]],
             "gro_segments": np.where((gso > 0) & (payload > 0), -(-payload // np.maximum(gso, 1)), 1).astype(np.int16),
             "skb_hash": pick(facts["hash"], skb, -1),
+            "l4_hash": pick(facts["l4_hash"], skb, -1).astype(np.int8),
             "pcap_time": received["time"],
             "pcap_frame": received["frame"],
             "path_kind": pick(facts["path_kind"].astype(np.int8), skb, 0),

@@ -127,7 +127,7 @@ def follow_kernel(
 
 
 _COLUMN_NAMES = (
-    "end_rank", "path_kind", "rps_cpu", "rx_queue", "hash", "socket", "sport", "dport", "probe_len", "gso_size",
+    "end_rank", "path_kind", "rps_cpu", "rx_queue", "hash", "l4_hash", "socket", "sport", "dport", "probe_len", "gso_size",
     "snd_una", "ready_tid", "wake_limit", "stamp_low", "stamp_high", "vlan_tagged",
 )  # fmt: skip
 
@@ -153,7 +153,7 @@ def _link_driver(
     # An skb address received before: whatever came before that belongs to an earlier life.
     previous = lives.rank_of(lives.last_before(receive["rank"], address), -1)
     kind = np.zeros(n, np.int8)
-    facts = {name: np.full(n, -1, np.int64) for name in ("rx_queue", "hash", "gso_size", "vlan_tagged")}
+    facts = {name: np.full(n, -1, np.int64) for name in ("rx_queue", "hash", "l4_hash", "gso_size", "vlan_tagged")}
     best = np.full(n, -1, np.int64)
     handed_over = np.full(n, NAT, np.int64)
     has_entry = event_columns(events, "net:netif_rx_entry").n > 0
@@ -187,6 +187,7 @@ def _link_driver(
         for fact, field in (
             ("rx_queue", "queue_mapping"),
             ("hash", "hash"),
+            ("l4_hash", "l4_hash"),
             ("gso_size", "gso_size"),
             ("vlan_tagged",) * 2,
         ):

@@ -150,11 +150,39 @@ def _head(tree: xr.DataTree, everything: xr.Dataset, packets: xr.Dataset, frame:
         else ", not trusted"
     )
     reader = f", tid {tid} ({_word(everything, packets, 'comm')})" if tid >= 0 else ", no reader seen"
+    slept = _slept(packets)
     return [
         f"frame {frame}  {label}  {int(packets['wire_len'])} bytes on the wire, {int(packets['payload_len'])} payload",
         f"status {_word(everything, packets, 'status')}{trusted}, path {_word(everything, packets, 'path_kind')}, "
         f"reader {_word(everything, packets, 'attribution')}{reader}",
+        *([slept] if slept else []),
+        *_steering(everything, packets),
     ]
+
+
+def _slept(packets: xr.Dataset) -> str:
+    """Return since when the reader slept before this packet ran it, against the packet's first kernel stage."""
+    if "sleep_time" not in packets or np.isnat(packets["sleep_time"].values) or int(packets["t0_stage"]) < 0:
+        return ""
+    first = packets["time"].values[int(packets["t0_stage"])]
+    before = int((first - packets["sleep_time"].values).astype(np.int64))
+    when = f"{microseconds(before)} before" if before >= 0 else f"{microseconds(-before)} after"
+    return f"its reader had gone to sleep on cpu {int(packets['sleep_cpu'])}, {when} the first stage below"
+
+
+def _steering(everything: xr.Dataset, packets: xr.Dataset) -> list[str]:
+    """Return where the packet was steered, where RPS alone would have sent it, and whether its reader was there."""
+    if "rfs_delivered" not in packets:
+        return []
+    told = []
+    if int(packets["rps_predicted"]) >= 0:
+        told.append(f"RPS by its hash: cpu {int(packets['rps_predicted'])}")
+    if int(packets["last_read_cpu"]) >= 0:
+        told.append(
+            f"socket last read on cpu {int(packets['last_read_cpu'])}: {_word(everything, packets, 'rfs_delivered')}"
+        )
+    stack = int(packets["cpu"].values[STAGE_INDEX["netif_receive_skb"]])
+    return ["steering: " + ", ".join([f"stack on cpu {stack}", *told])] if told and stack >= 0 else []
 
 
 def _word(everything: xr.Dataset, packets: xr.Dataset, name: str) -> str:

@@ -7,16 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scenarios import Scenario, record, witness_of
+from scenarios import MSS, Scenario, record, witness_of
 from witness import Seen, judge
 
 from rxlab.dataset.run import Run, open_run
+from rxlab.follow.clockfit import NAT
+from rxlab.follow.join import Joined
 from rxlab.follow.status import NOT_COUNTED
-from rxlab.follow.verify import read_app_log, verify_join
+from rxlab.follow.verify import calls_of_packets, read_app_log, verify_join
 from rxlab.host.journal import Transaction
 from rxlab.rundir import APP_LOG
-from rxlab.stages import STATUSES
+from rxlab.stages import ATTRIBUTIONS, READER_KINDS, STATUSES
 
+# Readers whose every receive call waits for a message, and takes it whole.
+BLOCKING = ("builtin", "recvfrom", "read", "readv", "recvmsg")
 HIDDEN = ("blind", "lost")  # perf did not deliver their events, and the run says so
 
 
@@ -98,6 +102,7 @@ def judged(scenario: Scenario, state: str, out: Path) -> Row:
         truth = numbers if scenario.proto == "udp" else joined.packets["seq"].astype(np.int64)
         row.witness = judge(joined, run.perf.events, seen, truth)
     row.failures += list(held_against(row, result))
+    row.failures += labels_against(scenario, joined, log, calls_of_packets(joined, log, numbers))
     return row
 
 
@@ -112,6 +117,22 @@ def held_against(row: Row, result: dict[str, Any]) -> list[str]:
         f"SCM_TIMESTAMPNS: {scm}": scm is not None and scm["equal"] != scm["n"],
     }
     return [reason for reason, holds in wrong.items() if holds]
+
+
+def labels_against(scenario: Scenario, joined: Joined, log: np.ndarray, call: np.ndarray) -> list[str]:
+    """Return what is wrong with how the readers are said to have read, and to have slept before, by their own log."""
+    packets = joined.packets
+    told = np.asarray(READER_KINDS)[packets["reader_kind"][packets["trusted"]]]
+    other = "syscall" if scenario.reader == "io_uring" else "io_uring"
+    found = [f"{int((told == other).sum())} of {len(told)} read by {other}"] if (told == other).any() else []
+    if scenario.reader in BLOCKING and scenario.size < MSS:
+        # A blocking reader sleeps inside the call that returned the packet that woke it.
+        own = packets["attribution"] == ATTRIBUTIONS.index("own_wake")
+        rows = np.flatnonzero(own & packets["trusted"] & (call >= 0) & (packets["sleep_time"] != NAT))
+        asleep, truth = packets["sleep_time"][rows], log[call[rows]]
+        outside = int(((asleep < truth["t0"]) | (asleep > truth["t1"])).sum())
+        found += [f"{outside} of {len(rows)} slept outside their call"] if outside else []
+    return found
 
 
 def lost_share(run: Run) -> float:

@@ -44,6 +44,13 @@ def stack_cpus(run: Run) -> np.ndarray:
     return packets["cpu"].sel(stage="netif_receive_skb").values[usable(packets)]
 
 
+def delivered_share(run: Run) -> float:
+    """Share of the packets that came to the CPU where their socket was read last, of those whose last read was seen."""
+    packets = run.tree["packets"].to_dataset()
+    flag = packets["rfs_delivered"].values[usable(packets)]
+    return float((flag[flag >= 0] == 1).mean())
+
+
 def test_the_rps_target_is_that_of_the_hash(runs: dict[str, Run]) -> None:
     """``map->cpus[reciprocal_scale(hash, map->len)]`` (get_rps_cpu, net/core/dev.c), by the hash of netif_rx_entry."""
     run = runs["hash"]
@@ -67,6 +74,7 @@ def test_the_rps_target_is_that_of_the_hash(runs: dict[str, Run]) -> None:
     predicted = (hashes * np.uint64(2)) >> np.uint64(32)  # two CPUs in the map, in order of their number
     np.testing.assert_array_equal(predicted, stack_cpus(run))
     assert set(predicted.tolist()) == {0, 1}, "twelve flows with one target prove little"
+    np.testing.assert_array_equal(packets["rps_predicted"].values[rows], stack_cpus(run))
 
 
 @pytest.mark.parametrize("name", ["off", "on"])
@@ -84,6 +92,11 @@ def test_the_reader_is_where_the_log_says(runs: dict[str, Run], name: str) -> No
     inside = (begun > 0) & (stay >= 0) & (returned < until[stay])
     assert inside.sum() > 500
     np.testing.assert_array_equal(packets["reader_cpu"].values[rows][inside], log["cpu"][stay[inside]])
+    # Where it read last when the next packet came: there, if it had not moved since that read.
+    handed = time[:, stages.index("driver_rx")]
+    next_row = np.flatnonzero(inside[:-1] & (handed[1:] > returned[:-1])) + 1
+    assert len(next_row) > 300
+    np.testing.assert_array_equal(packets["last_read_cpu"].values[rows][next_row], log["cpu"][stay[next_row - 1]])
 
 
 def test_rfs_follows_the_reader_and_rps_alone_does_not(runs: dict[str, Run]) -> None:
@@ -93,6 +106,9 @@ def test_rfs_follows_the_reader_and_rps_alone_does_not(runs: dict[str, Run]) -> 
     followed = np.isfinite(moves["lag"].values)
     assert followed.mean() >= 0.9
     assert (moves["lag"].values[followed] >= 0).all()
+    shares = {name: delivered_share(run) for name, run in runs.items()}
+    assert shares["on"] > 0.9
+    assert 0.3 < shares["off"] < 0.7, "the hash points at one of two CPUs, the reader changes between them"
     # It follows by the reader's next call, not by chance: every move that packets did not meet cost some of them.
     assert np.median(moves["lag_packets"].values[followed]) < np.median(moves["packets"].values[followed]) / 2
     off = runs["off"].tree["moves"].to_dataset()
