@@ -151,7 +151,7 @@ READER_KINDS: tuple[str, ...] = (
 STATUSES: tuple[str, ...] = (
     "complete",  # every stage its path kind and attribution class require
     "incomplete",  # some required stage is missing with no known cause
-    "no_payload",  # ACK only or handshake: nothing a reader could consume
+    "no_payload",  # ACK only: nothing a reader could consume
     "gro_merged",  # merged by GRO into the skb of an earlier segment
     "no_reader",  # delivered to a socket, not read inside the recording
     "duplicate",  # retransmitted bytes that were consumed already
@@ -162,7 +162,11 @@ STATUSES: tuple[str, ...] = (
     "lost",  # inside a window of PERF_RECORD_LOST
     "blind",  # inside a window in which perf delivered nothing (sched_switch discontinuity)
     "outside_window",  # before perf was enabled or after it was disabled
+    "handshake",  # sets a connection up: SYN, SYN-ACK, the ACK that completes it
 )
+
+# A packet's part in the set-up of its connection.
+HANDSHAKES: tuple[str, ...] = ("none", "syn", "syn_ack", "ack")
 
 # Named latencies: (name, end stage, start stage, definition).
 TOTALS: tuple[tuple[str, str, str, str], ...] = (
@@ -339,7 +343,7 @@ _FULL = (
     "sched:sched_migrate_task",
     *(
         f"syscalls:sys_{edge}_{call}"
-        for call in ("read", "readv", "recvfrom", "recvmsg", "recvmmsg", "epoll_wait")
+        for call in ("read", "readv", "recvfrom", "recvmsg", "recvmmsg", "epoll_wait", "accept", "accept4")
         for edge in ("enter", "exit")
     ),
 )

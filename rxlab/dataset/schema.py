@@ -16,7 +16,7 @@ import xarray as xr
 
 from rxlab.errors import SchemaError
 from rxlab.follow.stagetrust import MAX_DOUBTFUL, STAGE_VERDICTS
-from rxlab.stages import ATTRIBUTIONS, PATH_KINDS, READER_KINDS, STAGE_NAMES, STATUSES, TOTALS
+from rxlab.stages import ATTRIBUTIONS, HANDSHAKES, PATH_KINDS, READER_KINDS, STAGE_NAMES, STATUSES, TOTALS
 
 SCHEMA_VERSION = 1
 CONVENTIONS = "CF-1.11"
@@ -114,8 +114,8 @@ def _packets() -> list[Variable]:
         v("payload_len", p, "int32", "byte", "", "payload", "bytes of layer 4 payload, from the IP length", "-1: unknown"),
         v("seq", p, "int64", "1", "", "TCP sequence number", "as in the header, not unwrapped", "0: not TCP"),
         v("skb", p, "uint64", "1", "", "skb address", "kernel address of the socket buffer; reused, so no identity by itself", "0: no skb event"),
-        v("socket", p, "uint64", "1", "", "socket address", "kernel address of the receiving socket", "0: not seen"),
-        v("tid", p, "int32", "1", "", "reader thread", "thread that consumed the bytes", task),
+        v("socket", p, "uint64", "1", "", "socket address", "kernel address of the receiving socket; of a handshake, the listener", "0: not seen"),
+        v("tid", p, "int32", "1", "", "reader thread", "thread that consumed the bytes; of a handshake's ACK, the one its listener woke", task),
         v("comm", p, "int32", "1", "", "reader's name", "comm of tid at that time, code of the attribute flag_meanings", task),
         v("rx_queue", p, "int16", "1", "", "rx queue", "queue that received the packet", "-1: the driver did not say"),
         v("rps_cpu", p, "int16", "1", "", "RPS target CPU", "CPU that RPS or RFS chose", "-1: not moved"),
@@ -137,6 +137,11 @@ def _packets() -> list[Variable]:
         v("pcap_frame", p, "int64", "1", "", "frame number", "1-based number in rx.pcap, as Wireshark shows it", "0: no pcap packet"),
         v("path_kind", p, "int8", "1", "", "path kind", "how the packet entered the kernel; it fixes the order of stages", flags=PATH_KINDS),
         v("t0_stage", p, "int8", "1", "", "first kernel stage seen", "start of total_latency: code of a stage", "-1: no kernel stage seen", flags=STAGE_NAMES),
+        v("handshake", p, "int8", "1", "", "part in the handshake", "SYN, SYN-ACK, or the ACK that completes it: its stages from data_ready on are the listener's", flags=HANDSHAKES),
+        v("established_time", p, "datetime64[ns]", "", REAL, "connection established", "sock:inet_sock_set_state to ESTABLISHED while this packet was processed",
+          "NaT: not this packet's doing, or the event was not recorded"),
+        v("accept_time", p, "datetime64[ns]", "", REAL, "connection accepted", "return of the accept() that took the connection this ACK completed",
+          "NaT: no such packet, not recorded (events full), or not to be told"),
         v("sleep_time", p, "datetime64[ns]", "", REAL, "reader went to sleep", "sched_switch that took the reader off the CPU, asleep, before the switch_in of this packet",
           "NaT: it did not sleep, or that was not seen"),
         v("sleep_cpu", p, "int16", "1", "", "CPU the reader slept on", "CPU of that sched_switch", "-1: as sleep_time"),

@@ -214,7 +214,7 @@ def _packets(joined: Any, run: Mapping[str, Any], host: Mapping[str, Any], offse
     direct = (
         "flow", "direction", "wire_len", "payload_len", "seq", "skb", "socket", "tid", "rx_queue", "rps_cpu", "waker_cpu",
         "reader_cpu", "gro_segments", "pcap_frame", "path_kind", "t0_stage", "attribution", "status", "is_data", "trusted",
-        "last_read_cpu", "sleep_cpu", "reader_kind",
+        "last_read_cpu", "sleep_cpu", "reader_kind", "handshake",
     )  # fmt: skip
     for name in direct:
         variables[name] = _array("packets", name, columns[name])
@@ -228,7 +228,8 @@ def _packets(joined: Any, run: Mapping[str, Any], host: Mapping[str, Any], offse
             codes = schema.flag_attrs(words, schema.variable("packets", name).dtype) if words else {}
             variables[name] = _array("packets", name, columns[name], **codes)
     stack_cpu = joined.cpu[:, STAGE_INDEX["netif_receive_skb"]]
-    variables["sleep_time"] = _array("packets", "sleep_time", _on_real_axis(columns["sleep_time"], offset))
+    for name in ("sleep_time", "established_time", "accept_time"):
+        variables[name] = _array("packets", name, _on_real_axis(columns[name], offset))
     predicted = predicted_cpus(columns, rps_maps(host, str(run.get("iface"))))
     variables["rps_predicted"] = _array("packets", "rps_predicted", predicted)
     variables["rfs_delivered"] = _array("packets", "rfs_delivered", delivered(stack_cpu, columns["last_read_cpu"]))

@@ -18,6 +18,7 @@ from rxlab.errors import MissingEventError
 from rxlab.follow.asof import AsOf, pick
 from rxlab.follow.clockfit import NAT, RESIDUAL_QUANTILES, ClockMap
 from rxlab.follow.consumption import Consumption, Segments, receive_events, unwrap_sequence
+from rxlab.follow.handshake import follow_handshakes, with_handshakes
 from rxlab.follow.hidden import Hidden, hidden_windows
 from rxlab.follow.kernelpath import KernelPath, event_columns, follow_kernel
 from rxlab.follow.match import STALL_NS, TOLERANCE_NS, Matched, classify_stamp, match_by_flow
@@ -157,9 +158,10 @@ def join(
     if clock.method == "cross_stamps":
         rows.time[:, STAGE_INDEX["nic"]] = np.where(skb >= 0, stamp, NAT)
     tid, wake = _join_reader(rows, events, path, skb, taken, lossy)
-    columns = _columns(received, path, skb, tid, wake, rows, events)
+    setups = follow_handshakes(rows, received, tid, events, hidden)
+    columns = _columns(received, path, skb, setups["tid"], wake, rows, events)
     columns = columns.with_columns(position=position, is_data=(payload > 0) & (is_tcp | is_udp))
-    columns = reader_facts(rows, columns, taken, events, hidden)
+    columns = reader_facts(rows, with_handshakes(columns, setups), taken, events, hidden)
     return _judge(
         rows,
         columns,

@@ -155,9 +155,25 @@ def _head(tree: xr.DataTree, everything: xr.Dataset, packets: xr.Dataset, frame:
         f"frame {frame}  {label}  {int(packets['wire_len'])} bytes on the wire, {int(packets['payload_len'])} payload",
         f"status {_word(everything, packets, 'status')}{trusted}, path {_word(everything, packets, 'path_kind')}, "
         f"reader {_word(everything, packets, 'attribution')}{reader}",
+        *_handshake(everything, packets),
         *([slept] if slept else []),
         *_steering(everything, packets),
     ]
+
+
+def _handshake(everything: xr.Dataset, packets: xr.Dataset) -> list[str]:
+    """Return a packet's part in the set-up of its connection, and when that was established and accepted."""
+    if "handshake" not in packets or not int(packets["handshake"]):
+        return []
+    told = f"handshake: {_word(everything, packets, 'handshake')}"
+    if int(packets["socket"]):
+        told += f", listener {int(packets['socket']):#x}"
+    for name in ("established", "accept"):
+        stage = int(packets["t0_stage"])
+        if stage >= 0 and not np.isnat(packets[f"{name}_time"].values):
+            after = int((packets[f"{name}_time"].values - packets["time"].values[stage]).astype(np.int64))
+            told += f", {'accepted' if name == 'accept' else name} {microseconds(after)} after the first stage below"
+    return [told]
 
 
 def _slept(packets: xr.Dataset) -> str:

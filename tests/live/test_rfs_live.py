@@ -96,7 +96,10 @@ def test_the_reader_is_where_the_log_says(runs: dict[str, Run], name: str) -> No
     handed = time[:, stages.index("driver_rx")]
     next_row = np.flatnonzero(inside[:-1] & (handed[1:] > returned[:-1])) + 1
     assert len(next_row) > 300
-    np.testing.assert_array_equal(packets["last_read_cpu"].values[rows][next_row], log["cpu"][stay[next_row - 1]])
+    said = packets["last_read_cpu"].values[rows][next_row]
+    known = said >= 0  # unknown near windows in which perf delivered nothing
+    assert known.mean() > 0.7
+    np.testing.assert_array_equal(said[known], log["cpu"][stay[next_row - 1]][known])
 
 
 def test_rfs_follows_the_reader_and_rps_alone_does_not(runs: dict[str, Run]) -> None:
