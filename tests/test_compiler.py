@@ -1,24 +1,84 @@
-"""The compiler's start: scipy is left alone until a kernel multiplies matrices, and then works."""
+"""What a process waits for before the first kernel runs: nothing is compiled at import, and little is imported."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+
+CAPTURE = Path(__file__).parents[1] / "data" / "tcp-rps-on" / "rx.pcap"
+RECORDING = CAPTURE.with_name("perf.data")
+
+COUNT = "import numpy; from rxlab.read import perfrecords; counts = numpy.zeros(3, numpy.int64); "
+COUNT += "perfrecords.count_events(numpy.zeros(1, numpy.int16), counts); "
 
 
-def run(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+def run(code: str, *, cache: Path | None = None) -> str:
+    environment = {**os.environ, **({"NUMBA_CACHE_DIR": str(cache)} if cache else {})}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
-def test_reading_does_not_import_scipys_linear_algebra() -> None:
-    code = "import sys, rxlab; [rxlab.read_perfdata, rxlab.read_pcap]; from rxlab.read import perfrecords, headers; "
-    code += "import numpy; perfrecords.count_events(numpy.zeros(1, numpy.int16), numpy.zeros(3, numpy.int64)); "
+def test_no_module_compiles_when_it_is_imported(tmp_path: Path) -> None:
+    code = """
+import importlib, pkgutil
+from numba.core.event import install_recorder
+with install_recorder("numba:compile") as compiled:
+    import rxlab
+    for module in pkgutil.walk_packages(rxlab.__path__, "rxlab."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    print(len(compiled.buffer))
+"""
+    code += f"    {COUNT}\n    print(len(compiled.buffer), counts.tolist())"
+    assert run(code, cache=tmp_path).split("\n") == ["0", "2 [0, 0, 1]"], "the recorder sees a kernel begin and end"
+
+
+def test_slow_libraries_are_imported_when_they_are_used() -> None:
+    code = """
+import importlib, pkgutil, sys
+import rxlab
+for name in dir(rxlab):
+    getattr(rxlab, name)
+for module in pkgutil.walk_packages(rxlab.__path__, "rxlab."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+print([name for name in ("flox", "dask.array", "scipy.stats", "matplotlib.pyplot") if name in sys.modules])
+"""
+    assert run(code) == "[]"
+
+
+@pytest.mark.parametrize(
+    "read", [f"rxlab.read_perfdata({str(RECORDING)!r}).load()", f"rxlab.read_pcap({str(CAPTURE)!r})"]
+)
+def test_compiled_kernels_run_without_numbas_tables(read: str) -> None:
+    # The second process finds all kernels compiled. What Numba imports to type and compile arrays takes longer than they do.
+    code = f"import rxlab, sys; n = {read}; print(sorted({{'numba.np.arrayobj', 'numba.np.arraymath', 'scipy.linalg', "
+    code += "'numba.typed.dictimpl', 'pycparser'} & set(sys.modules)))"
+    run(code)
+    assert run(code) == "[]"
+
+
+def test_compiling_does_not_import_scipys_linear_algebra(tmp_path: Path) -> None:
+    code = f"import sys; {COUNT}"
     code += "print('numba.np.arraymath' in sys.modules, [m for m in sys.modules if m.startswith('scipy.linalg')])"
-    assert run(code) == "True []"
+    assert run(code, cache=tmp_path) == "True []"
 
 
-def test_kernels_of_the_user_still_multiply_matrices() -> None:
-    code = "import rxlab.read.compiler, numpy; from numba import njit; a = numpy.arange(4.0).reshape(2, 2); "
+def test_kernels_of_the_user_still_multiply_matrices(tmp_path: Path) -> None:
+    code = f"{COUNT} from numba import njit; a = numpy.arange(4.0).reshape(2, 2); "
     code += "print(njit(lambda a: a @ a)(a).tolist(), round(njit(lambda a: numpy.linalg.det(a))(a), 6)); "
     code += "import scipy.linalg.cython_blas as blas; print(len(blas.__pyx_capi__) > 100)"
-    assert run(code) == "[[2.0, 3.0], [6.0, 11.0]] -2.0\nTrue"
+    assert run(code, cache=tmp_path) == "[[2.0, 3.0], [6.0, 11.0]] -2.0\nTrue"
+
+
+def test_who_meets_the_stand_in_for_scipys_linear_algebra_gets_the_real_one() -> None:
+    code = "import importlib; from rxlab.read.compiler import _without_blas; manager = _without_blas(); manager.__enter__(); "
+    code += "found = importlib.import_module('scipy.linalg.cython_blas'); "
+    code += "print(type(found).__name__, len(found.__pyx_capi__) > 100); "
+    code += "manager.__exit__(None, None, None); import scipy.stats; print(scipy.stats.norm.cdf(0))"
+    assert run(code) == "_DeferredBlas True\n0.5"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from perf_builder import SAMPLE_TYPE, TRACEPOINT_ID, Builder
 
 from rxlab.errors import FormatError, MissingEventError, RxlabError, TruncatedFileError, UsageError
+from rxlab.read import perfindex
 from rxlab.read.perfdata import PerfData, inspect_perfdata, read_perfdata
 
 EVENT = "rx:packet"
@@ -95,16 +97,24 @@ def test_positions(tmp_path: Path, sample_type: int, order: str) -> None:
     assert columns["time"].tolist() == [1000, 2000, 3000]
 
 
+# Physical address, cgroup, size of the data page and of the code page: a word each, in this order, after the raw bytes.
+WORDS_AFTER_RAW = (1 << 19, 1 << 21, 1 << 22, 1 << 23)
+
+
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_parts_around_raw(tmp_path: Path, order: str) -> None:
-    builder = Builder(order, sample_type=SAMPLE_TYPE | 1 << 4 | 1 << 5 | 1 << 11 | 1 << 13, read_format=1 | 2 | 4 | 16)
+@pytest.mark.parametrize("words", [(), WORDS_AFTER_RAW[1:2], WORDS_AFTER_RAW])
+def test_parts_around_raw(tmp_path: Path, order: str, words: tuple[int, ...]) -> None:
+    parts = SAMPLE_TYPE | 1 << 4 | 1 << 5 | 1 << 11 | 1 << 13 | sum(words)
+    builder = Builder(order, sample_type=parts, read_format=1 | 2 | 4 | 16)
     for number in (1, 2, 3):
         read_part = builder.pack("5Q", 100 + number, 50, 40, 11, 0)  # value, enabled, running, id, lost
         chain = builder.pack(f"Q{number}Q", number, *range(number))
-        stack = builder.pack("Q", 0) + builder.pack("Q", 0)  # no branches, no user stack
-        builder.sample(number, time=1000 * number, before_raw=read_part + chain, after_raw=stack)
-    columns = read(tmp_path, builder.file()).events[EVENT]
-    assert columns["len"].tolist() == [-1, -2, -3]
+        rest = builder.pack(f"QQ{len(words)}Q", 0, 0, *words)  # no branches, no user stack
+        builder.sample(number, time=1000 * number, before_raw=read_part + chain, after_raw=rest)
+    perf = read(tmp_path, builder.file())
+    assert perf.events[EVENT]["len"].tolist() == [-1, -2, -3]
+    assert perf.events[EVENT]["time"].tolist() == [1000, 2000, 3000]
+    assert (perf.meta["missing_values"], perf.meta["unknown_ids"]) == (0, 0)
 
 
 def test_group_is_one_sample_per_counter_that_grew(tmp_path: Path) -> None:
@@ -114,6 +124,55 @@ def test_group_is_one_sample_per_counter_that_grew(tmp_path: Path) -> None:
     perf = read(tmp_path, builder.file())
     # Values grew for 11 at 0 and 2, for 12 at 1; the last record brought nothing and is no sample.
     assert perf.events[EVENT]["time"].tolist() == [0, 1000, 2000]
+
+
+def test_records_of_groups_too_short_for_any_value(tmp_path: Path) -> None:
+    builder = Builder(sample_type=SAMPLE_TYPE | 1 << 4, read_format=4 | 8)
+    builder.sample(1, time=1000, before_raw=builder.pack("Q4Q", 2, 5, 11, 0, 12))
+    builder.records += [builder.record(9, b"")] * 40_000
+    perf = read(tmp_path, builder.file())
+    assert (perf.meta["samples"], perf.meta["unknown_ids"]) == (1, 40_000)
+    assert sum(part.meta["samples"] for part in read(tmp_path, builder.file(), chunks=10).iter_chunks()) == 1
+
+
+def grouped(n: int) -> tuple[bytes, np.ndarray]:
+    """Return a recording of `n` records of a group of two counters, and the record each sample comes from, in order.
+
+    The first counter grows in every second record, the other in every third.
+    """
+    builder = Builder(sample_type=SAMPLE_TYPE | 1 << 4, read_format=4 | 8)
+    builder.sample(7, time=0x1111, before_raw=builder.pack("Q4Q", 2, 0x2222, 11, 0x3333, 12))
+    numbers = np.arange(n, dtype="<u8")
+    one = np.tile(np.frombuffer(builder.records[0], np.uint8), (n, 1))
+    for word, values in ((0x1111, 1000 * numbers), (0x2222, numbers // 2 + 1), (0x3333, numbers // 3 + 1)):
+        at = builder.records[0].index(builder.pack("Q", word))
+        one[:, at : at + 8] = values.view(np.uint8).reshape(n, 8)
+    builder.records = [one.tobytes()]
+    grew = np.stack([numbers % 2 == 0, numbers % 3 == 0], axis=1)
+    return builder.file(), np.repeat(numbers, grew.sum(axis=1)).astype(np.int64)
+
+
+@pytest.mark.parametrize("bound", [perfindex.CHECKPOINT_BYTES, 64])
+def test_chunks_of_groups_are_the_whole_in_bounded_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: int
+) -> None:
+    # With 64 bytes there are checkpoints at few blocks only: the walk begins some blocks before those it wants.
+    monkeypatch.setattr(perfindex, "CHECKPOINT_BYTES", bound)
+    content, expected = grouped(200_000)
+    perf = read(tmp_path, content, chunks=10_000)
+    assert perf.meta["samples"] == expected.size
+    next(perf.iter_chunks()).load()  # the compiler's own memory is not meant
+    tracemalloc.start()
+    try:
+        stamps = [part.events[EVENT]["time"].copy() for part in perf.iter_chunks()]
+        held = sum(part.nbytes for part in stamps)
+        peak = tracemalloc.get_traced_memory()[1] - held
+    finally:
+        tracemalloc.stop()
+    assert len(stamps) > 10
+    np.testing.assert_array_equal(np.concatenate(stamps), 1000 * expected)
+    # A window and its columns take 2 MB, the index of all samples 7 MB and their columns 18 MB.
+    assert peak < 3e6
 
 
 def test_unknown_ids_and_records_are_counted(tmp_path: Path) -> None:

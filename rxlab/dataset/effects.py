@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from scipy import stats as distributions
 
 from rxlab.dataset import stats
 from rxlab.errors import RxlabError
@@ -201,6 +200,8 @@ def _estimate(
     weights: np.ndarray, means: np.ndarray, errors: np.ndarray, n: np.ndarray, confidence: float
 ) -> tuple[float, float, float, float]:
     """Return ratio, interval and p of a contrast of means on the log scale."""
+    from scipy import stats as distributions  # half a second, which only comparisons need
+
     used = weights != 0
     w, shift = weights[used], float((weights[used] * means[used]).sum())
     parts = w**2 * errors[used]
@@ -277,6 +278,8 @@ def check_order(
     values : sequence of float
         One quantile of each run, ns.
     """
+    from scipy import stats as distributions  # half a second, which only comparisons need
+
     order = np.argsort(np.asarray(starts_ns), kind="stable")
     y = np.log(np.maximum(np.asarray(values, np.float64)[order], 1.0))
     codes = np.unique([str(label) for label in labels], return_inverse=True)[1][order]
@@ -305,6 +308,8 @@ def check_order(
 
 def _carry(model: np.ndarray, codes: np.ndarray, groups: int, y: np.ndarray) -> float:
     """Return the p of no influence of the configuration of the run before; NaN where there are too few runs to tell."""
+    from scipy import stats as distributions  # half a second, which only comparisons need
+
     if groups < 2:
         return np.nan
     before = np.eye(groups)[codes[:-1], 1:]

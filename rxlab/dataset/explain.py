@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import xarray as xr
-from scipy import stats as distributions
 
 from rxlab.dataset import schema, stats
 from rxlab.errors import RxlabError, UsageError
@@ -70,6 +69,8 @@ def explain(
         dims (`by`,): ``a``, ``b`` contribution to the quantile, ns, mean over runs; ``difference`` b - a, adding up to ``total``;
         ``low``, ``high`` the interval of the difference over repetitions (NaN below `stats.MIN_REPETITIONS` runs).
     """
+    from scipy import stats as distributions  # half a second, which only comparisons need
+
     found = [[contributions(tree, quantile, by=by) for tree in trees] for trees in (a_trees, b_trees)]
     labels = list(dict.fromkeys(label for side in found for parts in side for label in parts[by].values.tolist()))
     if by == "cpu":
@@ -185,6 +186,8 @@ def tracing_bias(
     a, b : pairs of sequences of float64 arrays, ns
         The workload's latencies of the configuration's untraced and of its traced runs.
     """
+    from scipy import stats as distributions  # half a second, which only comparisons need
+
     if not all((*a, *b)):
         return None
     sides = [[np.array([stats.quantile_interval(run, 0.5).value for run in arm]) for arm in side] for side in (a, b)]
@@ -207,6 +210,8 @@ def cost_per_event(
     The workload's median traced minus untraced, over the stages seen of the packets around the median. The sender and the
     scheduler raise events too, so this is an upper bound.
     """
+    from scipy import stats as distributions  # half a second, which only comparisons need
+
     if not untraced or not traced or not trees:
         return None
     sides = [np.array([stats.quantile_interval(run, 0.5).value for run in arm]) for arm in (untraced, traced)]

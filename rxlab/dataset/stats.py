@@ -21,7 +21,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import xarray as xr
 from scipy import special
-from scipy import stats as distributions
 
 from rxlab.errors import RxlabError
 from rxlab.stages import STATUSES
@@ -262,6 +261,8 @@ def quantile_table(tree: xr.DataTree, *, confidence: float = 0.95) -> xr.Dataset
 
 def over_repetitions(values: Sequence[float], *, confidence: float = 0.95) -> Estimate:
     """Return the geometric mean over runs and its t interval on the log scale."""
+    from scipy import stats as distributions  # half a second, which only comparisons need
+
     logs = np.log(np.maximum(np.asarray(values, np.float64), 1.0))
     n = len(logs)
     center = logs.mean() if n else np.nan
@@ -329,6 +330,8 @@ def compare_estimates(
     a: Sequence[Estimate], b: Sequence[Estimate], *, quantile: float, confidence: float = 0.95
 ) -> Comparison:
     """Compare one quantile of the runs of B with A's; the verdict waits for :func:`correct`."""
+    from scipy import stats as distributions  # half a second, which only comparisons need
+
     sides = (a, b)
     values = [np.array([max(estimate.value, 1.0) for estimate in side]) for side in sides]
     logs = [np.log(value) for value in values]

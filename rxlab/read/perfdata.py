@@ -50,10 +50,15 @@ class PerfData:
         self._decoded: dict[str, Columns] = {}
         self.meta = meta
         self.lost = lost
-        self.events: Mapping[str, Columns] = _Events(self)
 
     def __repr__(self) -> str:
         return f"<PerfData {self.meta['path']}: {self.meta['samples']} samples of {len(self.events)} events>"
+
+    @property
+    def events(self) -> Mapping[str, Columns]:
+        """Columns by event name."""
+        # Made anew: kept, it and its owner would hold each other, and a window's memory would wait for the garbage collector.
+        return _Events(self)
 
     @property
     def _index(self) -> Index:
@@ -120,7 +125,7 @@ class PerfData:
         """
         source = self._source
         summary = source.summary()
-        edges = choose_edges(source.perf, summary, n_samples or source.chunks or 1_000_000)
+        edges = choose_edges(summary, n_samples or source.chunks or 1_000_000)
         if window_ns is not None:
             if window_ns <= 0:
                 raise UsageError(

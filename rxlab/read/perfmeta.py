@@ -85,8 +85,11 @@ def describe_counts(perf: PerfFile, counts: Counts) -> dict[str, Any]:
 
 def count_index(index: Index) -> Counts:
     """Return the counts of a whole index."""
-    has_stamps = index.time.size > 0 and int(index.time.max()) != -1
-    first, last = (int(index.time.min()), int(index.time.max())) if has_stamps else (None, None)
+    # Each event's samples are in time order.
+    has_samples = np.diff(index.rows) > 0
+    firsts, lasts = index.rows[:-1][has_samples], index.rows[1:][has_samples] - 1
+    has_stamps = firsts.size > 0 and int(index.time[lasts].max()) != -1
+    first, last = (int(index.time[firsts].min()), int(index.time[lasts].max())) if has_stamps else (None, None)
     return Counts(np.diff(index.rows), first, last, index.duplicates, index.unknown)
 
 

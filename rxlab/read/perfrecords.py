@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import uint64
+from numba import int64, uint64
 
 from rxlab.read.compiler import njit
 from rxlab.read.perfattr import L_CPU, L_MIN_SIZE, L_TIME
@@ -28,6 +28,7 @@ S_AT, S_SAMPLES, S_BLOCKS, S_OTHERS, S_STATUS = range(5)
 DONE, FULL, DAMAGED = 0, 1, 2
 
 ONE, TWO, THREE = uint64(1), uint64(2), uint64(3)
+LAST_STAMP = int64(np.iinfo(np.int64).max)
 HASH_FACTOR = uint64(0x9E3779B97F4A7C15)
 
 jit = njit(cache=True, nogil=True)
@@ -208,17 +209,17 @@ def count_events(event, counts):
 
 
 @jit
-def split_by_cpu(cpu, event, lowest, firsts, rows):
+def split_by_cpu(cpu, event, lowest, firsts, cursor, rows):
     """Put the row numbers of known samples into `rows`, grouped by CPU, in file order within each.
 
-    `firsts` (CPUs + 1) must hold zeros; it returns where each CPU's group begins.
+    `firsts` and `cursor` (CPUs + 1) must hold zeros; `firsts` returns where each CPU's group begins.
     """
     for i in range(cpu.size):
         if event[i] >= 0:
             firsts[cpu[i] - lowest + 1] += 1
     for group in range(firsts.size - 1):
         firsts[group + 1] += firsts[group]
-    cursor = firsts[:-1].copy()
+        cursor[group] = firsts[group]
     for i in range(cpu.size):
         if event[i] >= 0:
             group = cpu[i] - lowest
@@ -228,7 +229,11 @@ def split_by_cpu(cpu, event, lowest, firsts, rows):
 
 @jit
 def sort_nearly_sorted(time, rows, budget):
-    """Insertion-sort `rows` by time, stable; return False when it takes more than `budget` moves (then they are unsorted)."""
+    """Insertion-sort `rows` by time, stable; return how many have the stamp of the one before.
+
+    Or -1 when it takes more than `budget` moves: then they are unsorted.
+    """
+    ties = 0
     for i in range(1, rows.size):
         row = rows[i]
         stamp = time[row]
@@ -239,9 +244,11 @@ def sort_nearly_sorted(time, rows, budget):
             budget -= 1
             if budget < 0:
                 rows[j + 1] = row
-                return False
+                return -1
         rows[j + 1] = row
-    return True
+        if j >= 0 and time[rows[j]] == stamp:
+            ties += 1
+    return ties
 
 
 @inline
@@ -266,36 +273,72 @@ def sift_down(heap_times, heap_groups, n, i):
 
 
 @jit
-def merge_cpus(time, rows, firsts, order):
-    """Merge the sorted groups of `rows` into `order` by (time, CPU, file position)."""
-    n_groups = firsts.size - 1
-    heap_times = np.empty(n_groups, np.int64)
-    heap_groups = np.empty(n_groups, np.int64)
-    cursor = firsts[:-1].copy()
+def count_rows(event, rows, begins, ends, counts):
+    """Add the number of samples of each event among ``rows[begins[i]:ends[i]]`` of all i to `counts`."""
+    for group in range(begins.size):
+        for i in range(begins[group], ends[group]):
+            number = event[rows[i]]
+            if number >= 0:
+                counts[number] += 1
+
+
+@jit
+def merge_cpus(samples, rows, begins, ends, heap, firsts, next_rows, rank, places, columns):
+    """Take samples in the order (time, CPU, file position) and give each its row within its event and its rank.
+
+    Parameters
+    ----------
+    samples : tuple of arrays, dims (sample,)
+        time, cpu, event; an event below 0 is left out and takes no rank.
+    rows : int32 array
+        Sample numbers, those of each CPU together and sorted by time.
+    begins, ends : int64 arrays, dims (CPU,)
+        The part of each CPU's samples to take; `begins` moves to `ends`.
+    heap : int64 array, dims (2, CPU)
+        Room to work.
+    firsts, next_rows : int64 arrays, dims (event,)
+        Where each event's part of the columns begins, and the row of its next sample in them, which moves.
+    rank : int
+        Of the first sample.
+    places : int32 array, dims (sample,)
+        Filled: row within the event.
+    columns : tuple of arrays
+        Filled: time, cpu, rank, the events one after the other.
+    """
+    time, cpu, event = samples
+    out_time, out_cpu, out_rank = columns
+    heap_times, heap_groups = heap[0], heap[1]
     n = 0
-    for group in range(n_groups):
-        if cursor[group] < firsts[group + 1]:
-            heap_times[n], heap_groups[n] = time[rows[cursor[group]]], group
+    for group in range(begins.size):
+        if begins[group] < ends[group]:
+            heap_times[n], heap_groups[n] = time[rows[begins[group]]], group
             n += 1
     for i in range(n // 2 - 1, -1, -1):
         sift_down(heap_times, heap_groups, n, i)
-    done = 0
     while n > 0:
         group = heap_groups[0]
         # The next group's stamp: up to there this group's run goes out without touching the heap.
-        limit, limit_group = np.iinfo(np.int64).max, n_groups
-        for child in range(1, min(3, n)):
-            if heap_times[child] < limit or (heap_times[child] == limit and heap_groups[child] < limit_group):
+        limit, limit_group = LAST_STAMP, begins.size
+        for child in range(1, 3):
+            if child < n and (
+                heap_times[child] < limit or (heap_times[child] == limit and heap_groups[child] < limit_group)
+            ):
                 limit, limit_group = heap_times[child], heap_groups[child]
-        i, last = cursor[group], firsts[group + 1]
+        i, last = begins[group], ends[group]
         while i < last:
-            stamp = time[rows[i]]
+            row = rows[i]
+            stamp = time[row]
             if stamp > limit or (stamp == limit and group > limit_group):
                 break
-            order[done] = rows[i]
-            done += 1
             i += 1
-        cursor[group] = i
+            number = event[row]
+            if number >= 0:
+                at = next_rows[number]
+                next_rows[number] = at + 1
+                places[row] = at - firsts[number]
+                out_time[at], out_cpu[at], out_rank[at] = stamp, cpu[row], rank
+                rank += 1
+        begins[group] = i
         if i == last:
             n -= 1
             heap_times[0], heap_groups[0] = heap_times[n], heap_groups[n]
@@ -303,36 +346,39 @@ def merge_cpus(time, rows, firsts, order):
             heap_times[0] = time[rows[i]]
         if n > 1:
             sift_down(heap_times, heap_groups, n, 0)
-    return done
 
 
 @jit
-def mark_duplicates(buffer, big, rows, span, order, samples):
-    """Set ``event`` to -2 for each sample whose record repeats, byte for byte, one just before it in order; count them.
+def mark_duplicates(buffer, big, segment, span, rows, samples):
+    """Set ``event`` to -2 for each sample whose record repeats, byte for byte, one just before it in time; count them.
 
     Only neighbours of equal time and CPU are compared, at most 16 of them: a run of ties longer than that is no recording.
-    Threads may work on parts of `order`: whichever of three equal records is marked first, one remains.
+    Threads may work on parts of `rows`: whichever of three equal records is marked first, one remains.
 
     Parameters
     ----------
-    rows : tuple of int
+    segment : tuple of int
         First sample in `buffer` and the one after its last.
     span : tuple of int
-        Part of `order` to look at.
+        Part of `rows` to look at.
+    rows : int32 array
+        Sample numbers, those of each CPU together and sorted by time.
     samples : tuple of arrays, dims (sample,)
         time, cpu, event, start.
     """
     time, cpu, event, start = samples
     found = 0
-    for i in range(max(1, span[0]), span[1]):
-        row = order[i]
-        if row < rows[0] or row >= rows[1] or time[row] == -1:
+    for i in range(span[0], span[1]):
+        row = rows[i]
+        if row < segment[0] or row >= segment[1] or time[row] == -1:
             continue
-        for back in range(1, min(16, i) + 1):
-            other = order[i - back]
+        for back in range(1, 17):
+            if back > i:
+                break
+            other = rows[i - back]
             if time[other] != time[row] or cpu[other] != cpu[row]:
                 break
-            if other < rows[0] or other >= rows[1] or event[other] != event[row] or start[other] == start[row]:
+            if other < segment[0] or other >= segment[1] or event[other] != event[row] or start[other] == start[row]:
                 continue
             if same_bytes(buffer, start[row], start[other], big):
                 event[row] = -2
@@ -351,38 +397,3 @@ def same_bytes(buffer, one, other, big):
         if buffer[uint64(one + k)] != buffer[uint64(other + k)]:
             return False
     return True
-
-
-@jit
-def assign_rows(order, samples, firsts, first_rank, places, columns):
-    """Give each sample its row within its event and write the columns known so far, in time order.
-
-    Parameters
-    ----------
-    order : int32 array
-        Sample numbers by time.
-    samples : tuple of arrays, dims (sample,)
-        time, cpu, event; an event below 0 is left out and takes no rank.
-    firsts : int64 array, dims (event,)
-        Where each event's part of the columns begins.
-    places : int32 array, dims (sample,)
-        Filled: row within the event.
-    columns : tuple of arrays
-        Filled: time, cpu, rank, the events one after the other.
-    """
-    time, cpu, event = samples
-    out_time, out_cpu, out_rank = columns
-    cursor = np.zeros(firsts.size, np.int64)
-    rank = np.int64(first_rank)
-    for i in range(order.size):
-        row = order[i]
-        number = event[row]
-        if number < 0:
-            continue
-        place = cursor[number]
-        cursor[number] = place + 1
-        places[row] = place
-        at = firsts[number] + place
-        out_time[at], out_cpu[at], out_rank[at] = time[row], cpu[row], rank
-        rank += 1
-    return rank

@@ -13,7 +13,19 @@ import numpy as np
 
 from rxlab.read import perfrecords as rec
 from rxlab.read.perffile import PerfFile
-from rxlab.read.perfindex import Index, Samples, Tables, block_counts, build_index, read_samples
+from rxlab.read.perfindex import (
+    Checkpoints,
+    Index,
+    Samples,
+    Tables,
+    block_counts,
+    build_index,
+    empty_samples,
+    expand_block,
+    read_groups,
+    read_samples,
+    room_of_blocks,
+)
 from rxlab.read.perfmeta import Counts
 
 # Blocks indexed at a time while summing up: 40 MB.
@@ -32,11 +44,17 @@ class Summary:
         Lowest and highest stamp in each block, per segment; ``FOREVER``, -1 for a block without known samples.
     counts : Counts
         Duplicates are not known before the windows are read.
+    sizes : list of int64 arrays, dims (block,)
+        Samples in each block, per segment.
+    checkpoints : Checkpoints or None
+        Of a recording of groups.
     """
 
     first: list[np.ndarray]
     last: list[np.ndarray]
     counts: Counts
+    sizes: list[np.ndarray]
+    checkpoints: Checkpoints | None = None
 
 
 def summarize(perf: PerfFile, tables: Tables, *, threads: int) -> Summary:
@@ -60,36 +78,44 @@ def summarize(perf: PerfFile, tables: Tables, *, threads: int) -> Summary:
             last[blocks] = np.maximum.reduceat(np.where(is_known, samples.time, -1), edges)
         firsts.append(first)
         lasts.append(last)
-    lowest = min((int(part.min()) for part in firsts if part.size), default=FOREVER)
-    highest = max((int(part.max()) for part in lasts if part.size), default=-1)
-    return Summary(firsts, lasts, sum_up(totals, lowest, highest))
+    counts = sum_up(totals, firsts, lasts)
+    return Summary(firsts, lasts, counts, [block_counts(segment) for segment in perf.segments])
 
 
 def summarize_groups(perf: PerfFile, tables: Tables, totals: np.ndarray) -> Summary:
-    """Summarize a recording of groups, whose samples only show when all of it is indexed: every block spans all of it."""
-    samples = read_samples(perf, tables)
-    rec.count_events(samples.event, totals)
-    stamps = samples.time[samples.event >= 0]
-    lowest, highest = (int(stamps.min()), int(stamps.max())) if stamps.size else (FOREVER, -1)
-    firsts = [np.full(segment.block_starts.size, lowest, np.int64) for segment in perf.segments]
-    lasts = [np.full(segment.block_starts.size, highest, np.int64) for segment in perf.segments]
-    return Summary(firsts, lasts, sum_up(totals, lowest, highest))
+    """Summarize a recording of groups, noting the counters' values on the way: what a block holds depends on those before it."""
+    checkpoints = Checkpoints.empty(perf, tables)
+    previous = np.zeros(tables.keys.size, np.uint64)
+    out = empty_samples(max((int(room_of_blocks(part).max()) for part in perf.segments if part.n_samples), default=0))
+    spans = [np.zeros((2, segment.block_starts.size), np.int64) for segment in perf.segments]
+    for number, span in enumerate(spans):
+        for block in range(span.shape[1]):
+            checkpoints.note(number, block, previous)
+            n = expand_block(perf, tables, (number, block), previous, out, 0)
+            checkpoints.sizes[number][block] = n
+            rec.count_events(out[2][:n], totals)
+            known = out[0][:n][out[2][:n] >= 0]
+            span[:, block] = (known.min(), known.max()) if known.size else (FOREVER, -1)
+    firsts, lasts = [span[0] for span in spans], [span[1] for span in spans]
+    return Summary(firsts, lasts, sum_up(totals, firsts, lasts), checkpoints.sizes, checkpoints)
 
 
-def sum_up(totals: np.ndarray, lowest: int, highest: int) -> Counts:
+def sum_up(totals: np.ndarray, firsts: list[np.ndarray], lasts: list[np.ndarray]) -> Counts:
     """Return the counts of a recording whose duplicates were not looked for."""
+    lowest = min((int(part.min()) for part in firsts if part.size), default=FOREVER)
+    highest = max((int(part.max()) for part in lasts if part.size), default=-1)
     has_stamps = highest != -1 and lowest != FOREVER
     return Counts(totals[2:], lowest if has_stamps else None, highest if has_stamps else None, None, int(totals[1]))
 
 
-def choose_edges(perf: PerfFile, summary: Summary, n_samples: int) -> list[int]:
+def choose_edges(summary: Summary, n_samples: int) -> list[int]:
     """Return window edges between which about `n_samples` samples lie, as if each block's were spread evenly in it."""
     if summary.counts.first_ns is None or summary.counts.last_ns is None:
         return [-1, FOREVER]
     points, weights = [], []
-    for segment, first, last in zip(perf.segments, summary.first, summary.last, strict=True):
+    for first, last, sizes in zip(summary.first, summary.last, summary.sizes, strict=True):
         is_used = last >= first
-        low, high, counts = first[is_used], last[is_used], block_counts(segment)[is_used]
+        low, high, counts = first[is_used], last[is_used], sizes[is_used]
         for quarter in range(4):
             points.append(low + (high - low) // 4 * quarter)
             weights.append(counts / 4)
@@ -123,6 +149,8 @@ def read_window(perf: PerfFile, tables: Tables, summary: Summary, span: tuple[in
         np.flatnonzero(is_before(first, span[1]) & (last >= span[0]))
         for first, last in zip(summary.first, summary.last, strict=True)
     ]
+    if summary.checkpoints is not None:
+        return cut_window(read_groups(perf, tables, chosen, summary.checkpoints), *span)
     return cut_window(read_samples(perf, tables, chosen, threads=threads), *span)
 
 
@@ -131,13 +159,8 @@ def iterate_windows(
 ) -> Iterator[Index]:
     """Yield the index of each window between consecutive edges; ranks go on from window to window."""
     rank = 0
-    # Groups expand only as a whole (a counter's last value decides), so such a recording is indexed once.
-    whole = read_samples(perf, tables, threads=threads) if tables.has_read else None
-    for start_ns, end_ns in zip(edges[:-1], edges[1:], strict=True):
-        if whole is not None:
-            samples = cut_window(whole, start_ns, end_ns)
-        else:
-            samples = read_window(perf, tables, summary, (start_ns, end_ns), threads=threads)
+    for span in zip(edges[:-1], edges[1:], strict=True):
+        samples = read_window(perf, tables, summary, span, threads=threads)
         index = build_index(perf, samples, first_rank=rank, threads=threads)
         rank += index.time.size
         yield index

@@ -269,6 +269,8 @@ def test_directory_of_compressed_streams_equals_perf(tmp_path: Path) -> None:
         ("-g",),
         ("--branch-filter", "any"),
         ("--data", "--phys-data"),
+        ("--all-cgroups",),
+        ("--data-page-size", "--code-page-size"),
         ("--call-graph", "dwarf,512"),
         ("--intr-regs=ip",),
     ],
