@@ -107,9 +107,10 @@ def _recorded(path: Path, tmp_path: Path) -> dict:
         assert run.is_dir(), f"{path.name} reads {text}, which is not in {data}"
         return str(run)
 
-    parameters: dict = (
-        {"run": found(given["run"])} if "run" in given else {"runs": [found(run) for run in given["runs"]]}
-    )
+    parameters: dict = {"runs": [found(run) for run in given["runs"]]} if "runs" in given else {}
+    for name, value in given.items():
+        if isinstance(value, str) and value.startswith("../data/"):
+            parameters[name] = found(value)
     if "out" in given:
         parameters["out"] = str(tmp_path / "report.html")
     return parameters
