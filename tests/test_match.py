@@ -88,6 +88,10 @@ def test_stamp_position_is_told_from_the_data() -> None:
     # A quick softirq brings the tap's stamp close behind the driver's call, but not into it.
     quick = driver + 1_500
     assert position(quick + 700, quick) == "tap"
+    # A filter took one packet in ten: the others have events and no stamps.
+    few = slice(None, None, 10)
+    for stamp, where in ((driver + 400, "bracket"), (receive + 750, "tap"), (driver - 30_000, "nic")):
+        assert classify_stamp(stamp[few], length[few], driver, span, length, receive, length)[0] == where
     empty = driver[:0]
     assert classify_stamp(driver, length, empty, empty, empty, empty, empty)[0] == "unknown"
 

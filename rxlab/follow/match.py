@@ -53,8 +53,9 @@ def classify_stamp(
 ) -> tuple[str, dict[str, float]]:
     """Tell from the data where the pcap stamp was taken.
 
-    Decided from the event side, which is robust to lost events: the fraction of events with a stamp of the same length
-    inside their window. Only events inside the capture's time count: a capture that was cut says nothing about the rest.
+    Decided by the fraction of events with a stamp of the same length inside their window, which lost events leave as it is, or the
+    fraction of packets in the window of such an event, which a capture of some of the packets (a filter, one flow in N) leaves
+    as it is; the larger. Only events inside the capture's time count: a capture that was cut says nothing about the rest.
 
     Parameters
     ----------
@@ -69,21 +70,23 @@ def classify_stamp(
     evidence : dict
         The two fractions, and the number of events looked at.
     """
+    if not len(receive_time) or not len(packet_time):
+        return "unknown", {"bracket": 0.0, "tap": 0.0, "events": float(max(len(driver_time), len(receive_time)))}
+    every = max(1, len(packet_time) // sample)
 
     def fraction(time: np.ndarray, length: np.ndarray, span: np.ndarray) -> float:
-        if len(packet_time):
-            during = (time >= packet_time.min() - STALL_NS) & (time <= packet_time.max())
-            time, length, span = time[during], length[during], span[during]
-        if not len(time) or not len(packet_time):
+        during = (time >= packet_time.min() - STALL_NS) & (time <= packet_time.max())
+        time, length, span = time[during], length[during], span[during]
+        if not len(time):
             return 0.0
         step = max(1, len(time) // sample)
-        return float(_has_stamp(packet_time, packet_len, time[::step], length[::step], span[::step]).mean())
+        events = _has_stamp(packet_time, packet_len, time[::step], length[::step], span[::step])
+        packets = _has_event(packet_time[::every], packet_len[::every], time, length, span)
+        return float(max(events.mean(), packets.mean()))
 
     bracket = fraction(driver_time, driver_len, driver_span)
     tap = fraction(receive_time, receive_len, np.full(len(receive_time), TAP_SPAN_NS))
     evidence = {"bracket": bracket, "tap": tap, "events": float(max(len(driver_time), len(receive_time)))}
-    if not len(receive_time) or not len(packet_time):
-        return "unknown", evidence
     if max(bracket, tap) < 0.5:
         return "nic", evidence
     return ("bracket" if bracket > tap else "tap"), evidence
@@ -93,13 +96,29 @@ def _has_stamp(
     packet_time: np.ndarray, packet_len: np.ndarray, time: np.ndarray, length: np.ndarray, span: np.ndarray
 ) -> np.ndarray:
     """Tell for each event whether a packet of equal length is stamped within [time, time + span]."""
-    order = np.lexsort((packet_time, packet_len))
-    origin = min(packet_time.min(), time.min())
-    width = int(max(packet_time.max(), time.max()) - origin) + int(span.max()) + 2
-    key = packet_len[order].astype(np.int64) * width + (packet_time[order] - origin)
-    want = length.astype(np.int64) * width + (time - origin)
+    key, want, _ = _keys(packet_time, packet_len, time, length, int(span.max()))
     at = np.searchsorted(key, want)
     return (at < len(key)) & (key[np.minimum(at, len(key) - 1)] <= want + span)
+
+
+def _has_event(
+    packet_time: np.ndarray, packet_len: np.ndarray, time: np.ndarray, length: np.ndarray, span: np.ndarray
+) -> np.ndarray:
+    """Tell for each packet whether the last event of equal length before it lasted until its stamp."""
+    key, want, order = _keys(time, length, packet_time, packet_len, int(span.max()))
+    at = np.searchsorted(key, want, side="right") - 1
+    return (at >= 0) & (want <= key[at] + span[order[at]])
+
+
+def _keys(
+    time: np.ndarray, length: np.ndarray, other_time: np.ndarray, other_length: np.ndarray, longest: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return keys that sort by (length, time), sorted, those of the others, and the order; spans reach into no other length."""
+    order = np.lexsort((time, length))
+    origin = min(time.min(), other_time.min())
+    width = int(max(time.max(), other_time.max()) - origin) + longest + 2
+    key = length[order].astype(np.int64) * width + (time[order] - origin)
+    return key, other_length.astype(np.int64) * width + (other_time - origin), order
 
 
 def match_packets(
