@@ -258,13 +258,17 @@ def analyze(
     perf: Annotated[Path | None, typer.Option(help="perf.data recorded elsewhere with -k CLOCK_MONOTONIC.")] = None,
     pcap: Annotated[Path | None, typer.Option(help="Packet capture of the same time.")] = None,
     iface: Iface = None,
+    chunks: Annotated[
+        int | None,
+        typer.Option(help="Events to hold at a time; by default all, or a million of a recording above 1 GB."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Join a run's packets and events into the dataset."""
     from rxlab.pipeline import analysis_threshold, analyze_run
 
     with _working("analysing"):
-        result = analyze_run(run, out=out, perf=perf, pcap=pcap, iface=iface, say=_say)
+        result = analyze_run(run, out=out, perf=perf, pcap=pcap, iface=iface, chunks=chunks, say=_say)
     if as_json:
         print_json(result)
     else:

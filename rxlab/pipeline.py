@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from rxlab.record.spec import Spec
 
 
-def open_run(path: str | os.PathLike[str]) -> Run:
+def open_run(path: str | os.PathLike[str], *, chunks: int | None = None) -> Run:
     """Open a run directory (:func:`rxlab.dataset.run.open_run`)."""
     from rxlab.dataset.run import open_run as open_recorded
 
-    return open_recorded(path)
+    return open_recorded(path, chunks=chunks)
 
 
 def record_run(
@@ -394,9 +394,10 @@ def analyze_run(
     perf: str | os.PathLike[str] | None = None,
     pcap: str | os.PathLike[str] | None = None,
     iface: str | None = None,
+    chunks: int | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Analyse a run directory, save the dataset and return what to tell about it.
+    """Analyse a run directory (`chunks` as :class:`rxlab.dataset.run.Run` has it), save the dataset and return what to tell about it.
 
     Returns
     -------
@@ -407,7 +408,7 @@ def analyze_run(
         return _analyze_recordings(path, out, perf, pcap, iface)
     if path is None:
         raise UsageError("nothing to analyse", expected="a run directory, or --perf FILE --pcap FILE")
-    run = open_run(path)
+    run = open_run(path, chunks=chunks)
     target = Path(out) if out is not None else run.rundir.file(DATASET)
     if not run.is_traced and run.run.get("arm") in EVENT_PRESETS:
         missing = rundir.PERF_DATA if not run.rundir.has(rundir.PERF_DATA) else rundir.PCAP

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from rxlab.follow.clockfit import NAT, ClockMap, fit_constant
-from rxlab.follow.join import Machine
+from rxlab.follow.received import Machine
 from rxlab.read.columns import Columns
 from rxlab.stages import STAGE_INDEX, STAGE_NAMES
 

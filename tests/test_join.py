@@ -263,7 +263,7 @@ class TestMutations:
         world = simulate(n_addresses=40, mean_gap_ns=60_000, merge_share=0.3)
         honest = run(world)
         assert (honest.verdict, honest.gates["flagged"]["violations"]) == ("trusted", 0)
-        monkeypatch.setattr(kernelpath, "_end_of_life", lambda receive, events: np.full(receive.n, 2**62))
+        monkeypatch.setattr(kernelpath, "_end_of_life", lambda received, address, events: np.full(len(received), 2**62))
         broken = run(world)
         assert broken.gates["flagged"]["violations"] > 50
         assert broken.verdict != "trusted"

@@ -15,12 +15,15 @@ import xarray as xr
 
 from rxlab import rundir
 from rxlab.dataset import accessor as accessor  # gives trees and sweeps their .rx
+from rxlab.dataset.largerun import DEFAULT_CHUNKS, LARGE_BYTES, LargeRun, ToMonotonic, losses_on
 from rxlab.dataset.store import build, open_dataset, read_app_logs, save
-from rxlab.errors import ClockError, FormatError, TruncatedFileError
+from rxlab.errors import ClockError, FormatError, TruncatedFileError, UsageError
 from rxlab.follow.align import align_recordings
 from rxlab.follow.clockfit import ClockMap, fit_constant
 from rxlab.follow.crossfit import RAW_CLOCK, fit_nic, fit_raw
-from rxlab.follow.join import Joined, Machine, join
+from rxlab.follow.join import Joined, join
+from rxlab.follow.received import Machine
+from rxlab.follow.slabs import join_in_slabs
 from rxlab.follow.verify import message_of_packets, read_app_log, verify_join
 from rxlab.read.columns import Columns
 from rxlab.read.pcap import read_pcap
@@ -46,10 +49,18 @@ class Run:
     ----------
     path : path-like
         A run directory.
+    chunks : int, optional
+        Join in slabs of about so many samples, so that memory does not grow with the events; of itself for a recording of
+        more than a gigabyte.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], chunks: int | None = None) -> None:
         self.rundir: RunDir = open_rundir(path)
+        if chunks is not None and chunks < 1:
+            raise UsageError("chunks must be at least 1", found=str(chunks))
+        if chunks is None and self.is_traced and self.rundir.file(PERF_DATA).stat().st_size > LARGE_BYTES:
+            chunks = DEFAULT_CHUNKS
+        self.chunks = chunks
 
     @property
     def path(self) -> Path:
@@ -100,28 +111,47 @@ class Run:
             raise FormatError("no packet capture", where=str(self.path), expected=rundir.PCAP)
         packets = read_pcap(self.rundir.pcap)
         if not packets.n:
-            raise FormatError(
-                "packet capture is empty",
-                where=str(self.rundir.pcap),
-                found="0 packets",
-                do="Nothing arrived on the interface, or the filter excluded it; record again.",
-            )
+            raise empty_capture(self.rundir.pcap)
         return packets
 
     @cached_property
     def joined(self) -> Joined:
         """The packets joined to the kernel's events."""
-        clock = clock_of(self.rundir)
+        clock, machine = clock_of(self.rundir), machine_of(self.run, self.host)
+        if self.chunks is not None:
+            return self._joined_in_slabs(clock)
         events, lost_records, bound = on_monotonic(self.perf, self.rundir)
         clock = replace(clock, bound_ns=clock.bound_ns + bound, perf_clock=str(self.perf.meta.get("clock") or ""))
-        lost = int(self.perf.meta.get("lost_total", sum(self.perf.lost["count"].tolist())))
-        machine = machine_of(self.run, self.host)
-        damage = damage_of(self.perf, self.packets)
-        return join(events, self.packets, clock, machine, lost=lost, lost_records=lost_records, damage=damage)
+        damage = damage_of(self.perf.meta, self.packets.attrs, self.packets.n)
+        return join(
+            events, self.packets, clock, machine, lost=lost_of(self.perf), lost_records=lost_records, damage=damage
+        )
+
+    @cached_property
+    def _large(self) -> LargeRun:
+        """The recording in slabs."""
+        pcap = self.rundir.pcap
+        if pcap is None:
+            raise FormatError("no packet capture", where=str(self.path), expected=rundir.PCAP)
+        assert self.chunks is not None
+        large = LargeRun(self.rundir.file(PERF_DATA), pcap, machine_of(self.run, self.host), self.chunks)
+        refuse_nameless(large.perf, self.rundir.file(PERF_DATA))
+        if not large.n_packets:
+            raise empty_capture(pcap)
+        return large
+
+    def _joined_in_slabs(self, clock: ClockMap) -> Joined:
+        large = self._large
+        to_monotonic, bound = clock_of_events(large.perf, self.rundir)
+        clock = replace(clock, bound_ns=clock.bound_ns + bound, perf_clock=str(large.perf.meta.get("clock") or ""))
+        damage = damage_of(large.perf.meta, large.capture, large.n_packets)
+        recording = large.recording(to_monotonic, lost_of(large.perf), damage)
+        return join_in_slabs(recording, clock, machine_of(self.run, self.host))
 
     def missing_stages(self) -> list[str]:
         """Return the stages this recording cannot show, for want of their events."""
-        return stages_without({name for name, columns in self.perf.events.items() if columns.n})
+        perf = self.perf if self.chunks is None else self._large.perf
+        return stages_without({name for name, count in perf.meta["samples_per_event"].items() if count})
 
     @cached_property
     def tree(self) -> xr.DataTree:
@@ -158,7 +188,9 @@ class Run:
         """Compare the join with the workload's log and the counters (:func:`rxlab.follow.verify.verify_join`)."""
         log = read_app_log(self.rundir.file(APP_LOG)) if self.rundir.has(APP_LOG) else None
         difference = self.counters.get("difference") if self.counters else None
-        return verify_join(self.joined, log, messages=self._messages(), counters=difference, events=self.perf.events)
+        joined = self.joined
+        events = self.perf.events if self.chunks is None else self._large.counted
+        return verify_join(joined, log, messages=self._messages(), counters=difference, events=events)
 
     @cached_property
     def verification(self) -> dict[str, Any] | None:
@@ -179,14 +211,18 @@ class Run:
         self.analyze(self.rundir.file(DATASET))
         if self.is_traced:
             rundir.write_json(self.rundir.file(VERIFY_JSON), self.verify())
-        for name in ("perf", "packets", "joined"):
+        for name in ("perf", "packets", "joined", "_large"):
             self.__dict__.pop(name, None)
 
     def _messages(self) -> np.ndarray | None:
         """Return the workload's message number of each joined packet, None where the capture cannot tell."""
+        frames, pcap = self.joined.packets["pcap_frame"], self.rundir.pcap
         # Rows keep the capture's order, so a frame number finds its packet.
-        packets = self.packets.take(self.joined.packets["pcap_frame"] - int(self.packets["frame"][0]))
-        pcap = self.rundir.pcap
+        packets = (
+            self.packets.take(frames - int(self.packets["frame"][0]))
+            if self.chunks is None
+            else self._large.places(frames)
+        )
         if pcap is None or not packets.n or (packets["offset"] < 0).any():
             return None
         return message_of_packets(pcap, packets["offset"], packets["payload_offset"], packets["caplen"])
@@ -206,8 +242,18 @@ def clock_of(folder: RunDir) -> ClockMap:
     return fit_constant(content.get("readings") or [], where=where)
 
 
-def on_monotonic(perf: PerfData, folder: RunDir) -> tuple[Mapping[str, Columns], Columns, int]:
-    """Return a recording's events and its records of losses on CLOCK_MONOTONIC, and the bound of the conversion, ns.
+def empty_capture(pcap: Path) -> FormatError:
+    """Return the refusal of a capture without packets."""
+    return FormatError(
+        "packet capture is empty",
+        where=str(pcap),
+        found="0 packets",
+        do="Nothing arrived on the interface, or the filter excluded it; record again.",
+    )
+
+
+def clock_of_events(perf: PerfData, folder: RunDir) -> tuple[ToMonotonic | None, int]:
+    """Return what puts a recording's times on CLOCK_MONOTONIC, None where they are, and the bound of the conversion, ns.
 
     Raises
     ------
@@ -218,15 +264,7 @@ def on_monotonic(perf: PerfData, folder: RunDir) -> tuple[Mapping[str, Columns],
     if name == RAW_CLOCK:
         content = folder.json(CLOCK_JSON)
         raw = fit_raw(content.get("readings") or [], where=str(folder.file(CLOCK_JSON)))
-        events = {
-            event: columns.with_columns(time=raw(columns["time"])) if columns.n else columns
-            for event, columns in perf.events.items()
-        }
-        told = perf.lost["time"]
-        lost = (
-            perf.lost.with_columns(time=np.where(told >= 0, raw(np.maximum(told, 0)), -1)) if perf.lost.n else perf.lost
-        )
-        return events, lost, int(raw.bound.max())
+        return raw, int(raw.bound.max())
     if name not in (None, "CLOCK_MONOTONIC"):
         raise ClockError(
             "the recording's clock has no readings in this run",
@@ -235,19 +273,42 @@ def on_monotonic(perf: PerfData, folder: RunDir) -> tuple[Mapping[str, Columns],
             expected=f"CLOCK_MONOTONIC or {RAW_CLOCK} (perf record -k)",
             do="'rxlab analyze --perf FILE --pcap FILE' aligns it by its packets.",
         )
-    return perf.events, perf.lost, 0
+    return None, 0
+
+
+def on_monotonic(perf: PerfData, folder: RunDir) -> tuple[Mapping[str, Columns], Columns, int]:
+    """Return a recording's events and its records of losses on CLOCK_MONOTONIC, and the bound of the conversion, ns."""
+    to_monotonic, bound = clock_of_events(perf, folder)
+    if to_monotonic is None:
+        return perf.events, perf.lost, bound
+    events = {
+        event: columns.with_columns(time=to_monotonic(columns["time"])) if columns.n else columns
+        for event, columns in perf.events.items()
+    }
+    return events, losses_on(perf.lost, to_monotonic), bound
+
+
+def lost_of(perf: PerfData) -> int:
+    """Return how many events perf reported as lost."""
+    return int(perf.meta.get("lost_total", sum(perf.lost["count"].tolist())))
 
 
 def read_events(path: Path) -> PerfData:
-    """Read a perf.data whose tracepoints can be decoded.
+    """Read a perf.data whose tracepoints can be decoded (:func:`refuse_nameless`)."""
+    perf = read_perfdata(path)
+    refuse_nameless(perf, path)
+    return perf
+
+
+def refuse_nameless(perf: PerfData, path: Path) -> None:
+    """Refuse a recording whose tracepoints cannot be decoded.
 
     Raises
     ------
     TruncatedFileError
         The recording lost the formats of its events, which perf writes last.
     """
-    perf = read_perfdata(path)
-    nameless = [name for name in perf.events if name.startswith("tracepoint:")]
+    nameless = [name for name in perf.meta["samples_per_event"] if name.startswith("tracepoint:")]
     if perf.meta.get("truncated") and nameless:
         raise TruncatedFileError(
             "the recording is cut before its event formats, so its events cannot be decoded",
@@ -255,28 +316,27 @@ def read_events(path: Path) -> PerfData:
             found="; ".join(perf.meta.get("warnings") or []) or "it ends early",
             do="Record again; rxlab.read_perfdata(path, local_formats=True) reads it on the kernel that recorded it.",
         )
-    return perf
 
 
-def damage_of(perf: PerfData, packets: Columns) -> tuple[str, ...]:
-    """Return what is missing from the files themselves, one clause each."""
+def damage_of(recorded: Mapping[str, Any], captured: Mapping[str, Any], n_packets: int) -> tuple[str, ...]:
+    """Return what is missing from the files themselves, one clause each: from the attributes of both."""
     told = []
-    if perf.meta.get("truncated"):
-        told.append("perf.data is damaged: " + ("; ".join(perf.meta.get("warnings") or []) or "it ends early"))
-    if packets.attrs.get("truncated"):
-        told.append(f"the capture is cut after packet {packets.n}")
+    if recorded.get("truncated"):
+        told.append("perf.data is damaged: " + ("; ".join(recorded.get("warnings") or []) or "it ends early"))
+    if captured.get("truncated"):
+        told.append(f"the capture is cut after packet {n_packets}")
     return tuple(told)
 
 
-def open_run(path: str | os.PathLike[str]) -> Run:
-    """Open a run directory that ``rxlab capture`` wrote.
+def open_run(path: str | os.PathLike[str], *, chunks: int | None = None) -> Run:
+    """Open a run directory that ``rxlab capture`` wrote; `chunks` as :class:`Run` has it.
 
     Raises
     ------
     FormatError, SchemaError
         See :func:`rxlab.rundir.open_rundir`.
     """
-    return Run(path)
+    return Run(path, chunks)
 
 
 def machine_of(run: dict[str, Any], host: dict[str, Any]) -> Machine:
@@ -312,7 +372,7 @@ def join_recordings(perf: str | os.PathLike[str], pcap: str | os.PathLike[str], 
     clock_name = str(events.meta.get("clock") or "")
     clock, iface, macs = align_recordings(events.events, packets, iface=iface, perf_clock=clock_name)
     lost = sum(events.lost["count"].tolist())
-    damage = damage_of(events, packets)
+    damage = damage_of(events.meta, packets.attrs, packets.n)
     return join(events.events, packets, clock, Machine(iface, macs), lost=lost, lost_records=events.lost, damage=damage)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -36,6 +36,10 @@ class Segments:
         All of its bytes (TCP) had come before; it owns none.
     is_freed : bool array
         The kernel dropped it, and said why.
+    call_rank : int64 array
+        Rank of the receive call that an earlier part of the recording showed to have read it, -1: to be found.
+    is_counted : bool array
+        An earlier part of the recording has counted it.
     """
 
     skb: np.ndarray
@@ -47,6 +51,8 @@ class Segments:
     arrival: np.ndarray
     is_repeat: np.ndarray
     is_freed: np.ndarray
+    call_rank: np.ndarray
+    is_counted: np.ndarray
 
 
 @dataclass
@@ -66,8 +72,14 @@ class Consumption:
         ``doubtful``.
     is_behind : bool array
         A datagram queued behind another, on a kernel that calls data_ready only for the first.
-    bytes_copied : dict
-        Flow number -> bytes copied from its skbs, for the byte-sum gate.
+    copied_from : int64 array, dims (copy,)
+        The packet whose skb was copied from, -1 where that is not known or the copy was of another stream.
+    socket : uint64 array
+        The socket whose queue a datagram was in, 0: none.
+    fed : uint64 array
+        The socket that data_ready named, 0: none.
+    is_silent : bool array
+        A datagram that was surely queued, without data_ready.
     """
 
     first_copy: np.ndarray
@@ -77,22 +89,32 @@ class Consumption:
     copies: Columns
     receives: Columns
     is_behind: np.ndarray
-    bytes_copied: dict[int, int] = field(default_factory=dict)
+    copied_from: np.ndarray
+    socket: np.ndarray
+    fed: np.ndarray
+    is_silent: np.ndarray
 
     @classmethod
     def blank(cls, n: int, copies: Columns, receives: Columns) -> Consumption:
         """Return a table of `n` packets of which none was consumed."""
         none = np.full(n, -1, np.int64)
-        return cls(none, none.copy(), none.copy(), np.zeros(n, bool), copies, receives, np.zeros(n, bool))
+        return cls(
+            none, none.copy(), none.copy(), np.zeros(n, bool), copies, receives, np.zeros(n, bool),
+            np.full(copies.n, -1, np.int64), np.zeros(n, np.uint64), np.zeros(n, np.uint64), np.zeros(n, bool),
+        )  # fmt: skip
 
 
-def unwrap_sequence(seq: np.ndarray) -> np.ndarray:
-    """Return 32-bit sequence numbers as int64 stream positions, in the order given (RFC 9293: modulo 2**32)."""
+def unwrap_sequence(seq: np.ndarray, before: int | None = None) -> np.ndarray:
+    """Return 32-bit sequence numbers as int64 stream positions, in the order given (RFC 9293: modulo 2**32).
+
+    `before` is the position of the number before the first, where that is known.
+    """
     if not len(seq):
         return seq.astype(np.int64)
-    step: np.ndarray = np.diff(seq.astype(np.int64))
+    start = int(seq[0]) if before is None else before
+    step: np.ndarray = np.diff(seq.astype(np.int64), prepend=start % 2**32)
     step = np.mod(step + 2**31, 2**32) - 2**31
-    return int(seq[0]) + np.concatenate(([0], np.cumsum(step)))
+    return start + np.cumsum(step)
 
 
 def receive_events(events: Mapping[str, Columns], hidden: Hidden) -> tuple[Columns, Columns]:

@@ -22,7 +22,7 @@ def blind_tasks(events: Mapping[str, Columns], windows: np.ndarray) -> dict[str,
         row = int(np.argmax(switch["next_pid"] == tid))
         comm = bytes(switch["next_comm"][row]).split(b"\0")[0].decode("utf-8", "replace")
         tasks[comm] = tasks.get(comm, 0) + count
-    return dict(sorted(tasks.items(), key=lambda item: -item[1]))
+    return tasks
 
 
 def inside_windows(time: np.ndarray, windows: np.ndarray, before_ns: int, after_ns: int) -> np.ndarray:
@@ -86,16 +86,15 @@ def distinct_bytes(flow: np.ndarray, position: np.ndarray, length: np.ndarray, n
     return np.bincount(flow, weights=fresh, minlength=n_flows).astype(np.int64)
 
 
-def byte_sums(
-    packets: Columns, consumed: np.ndarray, is_tcp: np.ndarray, bytes_copied: dict[int, int]
-) -> dict[str, Any]:
+def byte_sums(on_wire: np.ndarray, copied: np.ndarray, is_tcp: np.ndarray) -> dict[str, Any]:
     """Compare per TCP flow the stream bytes of packets called consumed with the bytes the copy events moved."""
-    mine = np.flatnonzero(consumed & is_tcp & (packets["flow"] >= 0))
-    n_flows = int(packets["flow"].max()) + 1 if packets.n else 0
-    wire = distinct_bytes(packets["flow"][mine], packets["position"][mine], packets["payload_len"][mine], n_flows)
-    rows = []
-    for number in np.unique(packets["flow"][is_tcp]).tolist():
-        sent, copied = int(wire[number]) if number >= 0 else 0, bytes_copied.get(number, 0)
-        if sent or copied:
-            rows.append({"flow": number, "pcap": sent, "copied": copied, "equal": sent == copied})
+    rows = [
+        {
+            "flow": number,
+            "pcap": int(on_wire[number]),
+            "copied": int(copied[number]),
+            "equal": bool(on_wire[number] == copied[number]),
+        }
+        for number in np.flatnonzero(is_tcp & ((on_wire > 0) | (copied > 0))).tolist()
+    ]
     return {"ok": all(row["equal"] for row in rows), "violations": sum(not row["equal"] for row in rows), "flows": rows}

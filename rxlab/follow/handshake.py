@@ -29,7 +29,7 @@ _RX, _READY = STAGE_INDEX["netif_receive_skb"], STAGE_INDEX["data_ready"]
 SYN, SYN_ACK, COMPLETES = (HANDSHAKES.index(name) for name in ("syn", "syn_ack", "ack"))
 
 
-def handshake_kinds(received: Columns) -> np.ndarray:
+def handshake_kinds(received: Columns, has_opened: np.ndarray | None = None) -> np.ndarray:
     """Tell which packets set a connection up, codes of :data:`rxlab.stages.HANDSHAKES`; dims (packet,).
 
     The ACK is the first packet of its direction after a SYN, if it carries nothing: with data it is a data packet like others.
@@ -38,6 +38,8 @@ def handshake_kinds(received: Columns) -> np.ndarray:
     ----------
     received : Columns, dims (packet,), in the order of the capture
         ``tcp_flags``, ``payload_len``, ``directed_flow``, ``proto``.
+    has_opened : bool array, dims (flow,), optional
+        Flows whose last packet was a SYN, of a capture that comes in pieces: changed to how it is after this one.
     """
     kind = np.zeros(received.n, np.int8)
     if "tcp_flags" not in received:
@@ -49,7 +51,12 @@ def handshake_kinds(received: Columns) -> np.ndarray:
     flow = received["directed_flow"].astype(np.int64)
     order = np.argsort(flow, kind="stable")
     order = order[(flow[order] >= 0) & (received["proto"][order] == _TCP)]
-    follows = np.concatenate(([False], (flow[order][1:] == flow[order][:-1]) & opens[order][:-1]))[: len(order)]
+    is_next = flow[order][1:] == flow[order][:-1]
+    follows = np.concatenate(([False], is_next & opens[order][:-1]))[: len(order)]
+    if has_opened is not None:
+        heads = np.flatnonzero(~np.concatenate(([False], is_next))[: len(order)])
+        follows[heads] = has_opened[flow[order[heads]]]
+        has_opened[flow[order]] = opens[order]  # of equal flows the last counts
     bare = (flags[order] & (_SYN | _ACK | _RST | _FIN)) == _ACK
     kind[order[follows & bare & (received["payload_len"][order] <= 0)]] = COMPLETES
     return kind
@@ -65,7 +72,7 @@ def follow_handshakes(
     rows : StageTable, dims (packet, stage)
         Changed in place.
     received : Columns, dims (packet,)
-        The captured packets.
+        The captured packets, with their ``handshake`` (:func:`handshake_kinds`).
     tid : int64 array, dims (packet,)
         Readers of the other packets.
     events : mapping of str to Columns
@@ -78,7 +85,7 @@ def follow_handshakes(
         ``handshake``, ``established_time`` and ``accept_time`` (CLOCK_MONOTONIC ns, NaT: not seen), ``listener`` (0: none or not
         seen), and ``tid`` with the tasks that listeners woke.
     """
-    kind = handshake_kinds(received)
+    kind = received["handshake"]
     established, accepted = np.full(received.n, NAT), np.full(received.n, NAT)
     listeners, tid = np.zeros(received.n, np.uint64), tid.copy()
     is_seen = rows.rank[:, _RX] >= 0
@@ -87,7 +94,7 @@ def follow_handshakes(
     acks = np.flatnonzero((kind == COMPLETES) & is_seen)
     if len(acks):
         listeners[acks], tid[acks] = _wake_listener(rows, acks, events, hidden)
-        accepted[acks] = _accepts(rows, acks, listeners[acks], tid[acks], events)
+        accepted[acks] = accept_times(rows.rank[acks, _READY], listeners[acks], tid[acks], accept_returns(events))
         # A SYN's listener is the one that its connection's ACK woke: the next ACK of its flow.
         flow, syns = received["directed_flow"].astype(np.int64), np.flatnonzero(kind == SYN)
         listeners[syns] = pick(listeners[acks], AsOf(acks, flow[acks]).first_after(syns, flow[syns]), 0)
@@ -188,26 +195,34 @@ def _wake_listener(
     return listener, task
 
 
-def _accepts(
-    rows: StageTable, acks: np.ndarray, listener: np.ndarray, woken: np.ndarray, events: Mapping[str, Columns]
-) -> np.ndarray:
+def accept_returns(events: Mapping[str, Columns]) -> Columns:
+    """Return the calls of accept() that returned a connection: ``time``, ``rank``, ``tid``."""
+    calls = [event_columns(events, f"syscalls:sys_exit_{name}") for name in ("accept4", "accept")]
+    calls = [call.take(call["ret"].astype(np.int64) >= 0) for call in calls if "ret" in call]
+    names = ("time", "rank", "tid")
+    empty = np.empty(0, np.int64)
+    return Columns({name: np.concatenate([empty, *(call[name].astype(np.int64) for call in calls)]) for name in names})
+
+
+def accept_times(ready_rank: np.ndarray, listener: np.ndarray, woken: np.ndarray, calls: Columns) -> np.ndarray:
     """Return when accept() returned each connection, NaT where that cannot be told.
 
     A listener's queue is first in, first out (``reqsk_queue_remove``): its n-th completed handshake is what the n-th accept() of
     its tasks returns, if there are as many of the one as of the other and none returned before its handshake was complete.
+
+    Parameters
+    ----------
+    ready_rank, listener, woken : arrays, dims (handshake,)
+        Rank of the listener's data_ready, the listener, and the task it woke (-1: none).
+    calls : Columns
+        :func:`accept_returns` of the whole recording.
     """
-    calls = [event_columns(events, f"syscalls:sys_exit_{name}") for name in ("accept4", "accept")]
-    calls = [call.take(call["ret"].astype(np.int64) >= 0) for call in calls if "ret" in call]
-    accepted = np.full(len(acks), NAT)
-    if not calls:
-        return accepted
-    time, rank, tid = (np.concatenate([call[name] for call in calls]) for name in ("time", "rank", "tid"))
-    ready_rank = rows.rank[acks, _READY]
+    accepted = np.full(len(listener), NAT)
     for number in np.unique(listener[listener > 0]).tolist():
         mine = np.flatnonzero(listener == number)
         mine = mine[np.argsort(ready_rank[mine], kind="stable")]
-        returns = np.flatnonzero(np.isin(tid, woken[mine][woken[mine] >= 0]))
-        returns = returns[np.argsort(rank[returns], kind="stable")]
-        if len(returns) == len(mine) and (rank[returns] > ready_rank[mine]).all():
-            accepted[mine] = time[returns]
+        returns = np.flatnonzero(np.isin(calls["tid"], woken[mine][woken[mine] >= 0]))
+        returns = returns[np.argsort(calls["rank"][returns], kind="stable")]
+        if len(returns) == len(mine) and (calls["rank"][returns] > ready_rank[mine]).all():
+            accepted[mine] = calls["time"][returns]
     return accepted

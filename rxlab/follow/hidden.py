@@ -6,7 +6,7 @@ say where that is; a link that reaches across one needs another witness or is no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,8 @@ from rxlab.read.columns import Columns
 # A LOST record is stamped when room was found again, just after the sample that found it and one that this sample may have
 # interrupted: neither is before the loss (kernel/events/ring_buffer.c, __perf_output_begin).
 LOST_STAMP_LAG_NS = 2_000
+# Samples of a CPU remembered from piece to piece of a recording: more than fit into that lag.
+MEMORY = 64
 # A blind window hides events a little before its first and after its last visible switch (measured: -2 / +0.2 ms).
 BLIND_BEFORE_NS, BLIND_AFTER_NS = 2_000_000, 200_000
 _FIRST, _LAST = np.iinfo(np.int64).min // 4, np.iinfo(np.int64).max // 4
@@ -105,11 +107,17 @@ def hidden_windows(
     blind : int64 array, dims (window, 4)
         The blind windows, as :func:`blind_windows` gives them.
     """
-    cpu, first, last = _lost_windows(events, lost, records)
-    lossy = Hidden(cpu, first, last)
-    blind = blind_windows(events)
+    return combine_windows(lost_windows((_samples(events),), lost, records), blind_windows(events))
+
+
+def combine_windows(
+    lost: tuple[np.ndarray, np.ndarray, np.ndarray], blind: np.ndarray
+) -> tuple[Hidden, Hidden, np.ndarray]:
+    """Return :func:`hidden_windows` from the windows of loss (CPU, first and last instant) and the blind windows."""
+    lossy = Hidden(*lost)
     # A break of the switch chain that a loss explains is no blindness.
     blind = blind[~lossy.touch(blind[:, 2], blind[:, 3], blind[:, 0])]
+    cpu, first, last = lost
     hidden = Hidden(
         np.concatenate((cpu, blind[:, 0])),
         np.concatenate((first, blind[:, 2] - BLIND_BEFORE_NS)),
@@ -118,36 +126,59 @@ def hidden_windows(
     return hidden, lossy, blind
 
 
-def _lost_windows(
-    events: Mapping[str, Columns], lost: int, records: Columns | None
+def lost_windows(
+    samples: Iterable[tuple[np.ndarray, np.ndarray]], lost: int, records: Columns | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return CPU, first and last instant of each window of loss: from the last sample before a LOST record to that record."""
+    """Return CPU, first and last instant of each window of loss: from the last sample before a LOST record to that record.
+
+    Parameters
+    ----------
+    samples : iterable of pairs of arrays
+        CPU and time (nanoseconds of CLOCK_MONOTONIC) of all samples, piece by piece in order of time; not looked at where
+        nothing was lost.
+    lost, records
+        As :func:`hidden_windows`.
+    """
     none = np.empty(0, np.int64)
     if not lost:
         return none, none, none
-    cpus, times = _samples(events)
-    numbers = np.unique(cpus).astype(np.int64)
-    rows = _placed(records)
+    rows, found = _placed(records), []
+    last: dict[int, np.ndarray] = {}
+    for cpus, times in samples:
+        for number in np.unique(cpus).tolist():
+            stamps = times[cpus == number]
+            before = last.get(number)
+            if rows is not None:
+                found.append(_windows_in(number, before, stamps, rows))
+            last[number] = (stamps if before is None else np.concatenate((before, stamps)))[-MEMORY:]
+    numbers = np.array(sorted(last), np.int64)
     if rows is None or not np.isin(rows["cpu"], numbers).all():
         # Lost, and nobody says where: anything may be missing anywhere.
         return numbers, np.full(len(numbers), _FIRST), np.full(len(numbers), _LAST)
-    parts = []
-    for number in numbers.tolist():
-        stamps = times[cpus == number]
-        told = rows["time"][rows["cpu"] == number]
-        finder = np.searchsorted(stamps, told, side="right") - 1
-        at = np.minimum(finder - 1, np.searchsorted(stamps, told - LOST_STAMP_LAG_NS, side="right") - 1)
-        before = np.where(at >= 0, stamps[np.maximum(at, 0)], _FIRST)
-        # What was lost before the first or after the last sample has no record of its own.
-        # The sample that found room came after all that was lost.
-        until = np.where(finder >= 0, stamps[np.maximum(finder, 0)], told)
-        parts.append((np.append(before, stamps[-1]), np.append(until, _LAST), number))
-    count = [len(part[0]) for part in parts]
-    return (
-        np.repeat(numbers, count),
-        np.concatenate([part[0] for part in parts]),
-        np.concatenate([part[1] for part in parts]),
-    )
+    # A record after the last sample, and what was lost then, which has no record of its own.
+    found += [_windows_in(number, stamps, None, rows) for number, stamps in sorted(last.items())]
+    cpu, first, until = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return cpu, first, until
+
+
+def _windows_in(
+    number: int, before: np.ndarray | None, stamps: np.ndarray | None, rows: Columns
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the windows of the records told on one CPU since its `before` samples and not after its next `stamps` (None: the end)."""
+    since = _FIRST if before is None else int(before[-1])
+    until = _LAST if stamps is None else int(stamps[-1])
+    told = rows["time"][rows["cpu"] == number]
+    # A record of the instant of a piece's last sample has its samples in both.
+    told = told[(told >= since) & (told < until)]
+    known = np.concatenate([part for part in (before, stamps) if part is not None])
+    finder = np.searchsorted(known, told, side="right") - 1
+    at = np.minimum(finder - 1, np.searchsorted(known, told - LOST_STAMP_LAG_NS, side="right") - 1)
+    first = np.where(at >= 0, known[np.maximum(at, 0)], _FIRST)
+    # The sample that found room came after all that was lost.
+    last = np.where(finder >= 0, known[np.maximum(finder, 0)], told)
+    if stamps is None:
+        first, last = np.append(first, known[-1]), np.append(last, _LAST)
+    return np.full(len(first), number, np.int64), first, last
 
 
 def _placed(records: Columns | None) -> Columns | None:

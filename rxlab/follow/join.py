@@ -7,47 +7,46 @@ row that says why.
 
 from __future__ import annotations
 
-import ipaddress
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
 from rxlab.errors import MissingEventError
 from rxlab.follow.asof import AsOf, pick
-from rxlab.follow.clockfit import NAT, RESIDUAL_QUANTILES, ClockMap
-from rxlab.follow.consumption import Consumption, Segments, receive_events, unwrap_sequence
+from rxlab.follow.clockfit import NAT, ClockMap
+from rxlab.follow.consumption import Consumption, Segments, receive_events
 from rxlab.follow.handshake import follow_handshakes, with_handshakes
 from rxlab.follow.hidden import Hidden, hidden_windows
 from rxlab.follow.kernelpath import KernelPath, event_columns, follow_kernel
-from rxlab.follow.match import STALL_NS, TOLERANCE_NS, Matched, classify_stamp, match_by_flow
+from rxlab.follow.match import Matched
 from rxlab.follow.older import as_on_newer_kernels
-from rxlab.follow.queues import consume_datagrams
+from rxlab.follow.pairing import Pairs, StampPlace, pair_packets, tolerance_of
+from rxlab.follow.queues import Earlier, Fed, consume_datagrams
 from rxlab.follow.readerfacts import reader_facts
+from rxlab.follow.received import Machine, received_packets
 from rxlab.follow.repeats import covered_segments
 from rxlab.follow.stagetable import StageTable
-from rxlab.follow.stagetrust import doubtful_stages
 from rxlab.follow.status import (
     TCP,
     TRUSTED,
     UDP,
     Evidence,
+    FlowsSoFar,
     drop_reasons,
     give_statuses,
-    recorded_stages,
+    merged_and_late,
     required_stages,
 )
 from rxlab.follow.streambounds import confirm_streams
 from rxlab.follow.streams import consume_streams
-from rxlab.follow.verdict import give_verdict
+from rxlab.follow.verdict import Tally, clock_told, give_verdict
 from rxlab.follow.wake import Since, Wake, attribute, first_wakes
 from rxlab.read.columns import Columns
 from rxlab.stages import ORDER, PATH_KINDS, STAGE_INDEX, STATUSES
 
 _RX = STAGE_INDEX["netif_receive_skb"]
-# How long after netif_receive_skb a tap stamps at most where lost events leave it open.
-LOSSY_TAP_NS = 20_000
 
 
 @dataclass
@@ -86,13 +85,95 @@ class Joined:
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What the join needs to know of the recording host, from run.json and host.json."""
+class Part:
+    """A part of a recording, all of it or a slab with what it takes over from those before.
 
-    iface: str
-    macs: frozenset[int] = frozenset()
-    addresses: frozenset[tuple[int, int]] = frozenset()
-    irqs: Mapping[int, int] = field(default_factory=dict)
+    Attributes
+    ----------
+    events : mapping of str to Columns
+        As on newer kernels (older.py).
+    recorded : set of str
+        The events of which the recording has any.
+    span : tuple of int, nanoseconds of CLOCK_MONOTONIC
+        The first and the last event of the recording.
+    received : Columns, dims (packet,)
+        As :func:`rxlab.follow.received.received_packets` gives them, by row.
+    hidden, lossy, blind
+        :func:`rxlab.follow.hidden.hidden_windows`.
+    so_far : FlowsSoFar
+    earlier : Earlier
+    place : StampPlace or None
+        Where the stamps were taken, None: to be found.
+    known : Known or None
+        What is known of packets that earlier slabs had.
+    pieces : Columns or None
+        What of the streams had come before (:func:`rxlab.follow.repeats.merged_pieces`).
+    """
+
+    events: Mapping[str, Columns]
+    recorded: Set[str]
+    span: tuple[int, int]
+    received: Columns
+    hidden: Hidden
+    lossy: Hidden
+    blind: np.ndarray
+    so_far: FlowsSoFar
+    earlier: Earlier
+    place: StampPlace | None = None
+    known: Known | None = None
+    pieces: Columns | None = None
+
+
+@dataclass(frozen=True)
+class Known:
+    """What earlier slabs told of the packets of a part; arrays have dims (packet,).
+
+    Attributes
+    ----------
+    path : KernelPath
+        The skbs found before.
+    event : int64 array
+        Row of `path`, -1 where unmatched, -2 for a packet that no earlier slab had.
+    is_ambiguous, is_freed : bool arrays
+    call_rank : int64 array
+        Rank of the receive call, -1 where none or not certain to stay.
+    is_counted : bool array
+        An earlier slab has told of it.
+    is_merged, is_late : bool arrays
+        As that slab saw them among their neighbours (:func:`rxlab.follow.status.merged_and_late`).
+    last_read_cpu : int16 array
+        As it saw that (:func:`rxlab.follow.readerfacts.reader_facts`).
+    """
+
+    path: KernelPath
+    event: np.ndarray
+    is_ambiguous: np.ndarray
+    is_freed: np.ndarray
+    call_rank: np.ndarray
+    is_counted: np.ndarray
+    is_merged: np.ndarray
+    is_late: np.ndarray
+    last_read_cpu: np.ndarray
+
+    def of_packets(self) -> tuple[np.ndarray, ...]:
+        """Return all arrays of dims (packet,), in order."""
+        return tuple(getattr(self, each.name) for each in fields(self) if each.name != "path")
+
+
+@dataclass(frozen=True)
+class Followed:
+    """The packets of a part, followed: their stages and variables, the stages each must show, and by what they were judged.
+
+    ``is_merged`` and ``is_late`` are :func:`rxlab.follow.status.merged_and_late`.
+    """
+
+    rows: StageTable
+    columns: Columns
+    required: np.ndarray
+    evidence: Evidence
+    pairs: Pairs
+    is_merged: np.ndarray
+    is_late: np.ndarray
 
 
 def join(
@@ -128,179 +209,99 @@ def join(
     MissingEventError
         ``net:netif_receive_skb`` was not recorded: no packet can be followed at all.
     """
-    if "net:netif_receive_skb" not in events or not events["net:netif_receive_skb"].n:
+    recorded = {name for name in events if events[name].n}
+    refuse_without_packets(recorded)
+    events = as_on_newer_kernels(events)
+    received, flows = received_packets(packets, machine)
+    hidden, lossy, blind = hidden_windows(events, lost, lost_records)
+    times = [columns["time"] for columns in events.values() if columns.n]
+    span = (min(int(time.min()) for time in times), max(int(time.max()) for time in times))
+    part = Part(
+        events, {name for name in events if events[name].n}, span, received, hidden, lossy, blind,
+        FlowsSoFar.nothing(flows.n), Earlier(Fed.nothing(), span[0]),
+    )  # fmt: skip
+    followed = follow_part(part, clock, machine)
+    every = np.ones(received.n, bool)
+    tally = Tally.of(followed, flows, every, every, followed.evidence.taken.copied_from >= 0, blind)
+    columns, rows = followed.columns, followed.rows
+    clock = clock_told(clock, followed.pairs.place, tally)
+    gates, verdict, reasons = give_verdict(tally, clock, lost, damage)
+    return Joined(rows.time, rows.cpu, columns, flows, tally.coverage, clock, gates, verdict, reasons)
+
+
+def refuse_without_packets(recorded: Set[str]) -> None:
+    """Refuse a recording by which no packet can be followed at all."""
+    if "net:netif_receive_skb" not in recorded:
         raise MissingEventError(
             "event net:netif_receive_skb has no samples, so no packet can be followed",
-            found=", ".join(sorted(name for name in events if events[name].n)) or "no events",
+            found=", ".join(sorted(recorded)) or "no events",
             do="Record again with --events min, std or full.",
         )
-    events = as_on_newer_kernels(events)
-    received, flows = _received(packets, machine)
-    hidden, lossy, blind = hidden_windows(events, lost, lost_records)
+
+
+def follow_part(part: Part, clock: ClockMap, machine: Machine) -> Followed:
+    """Follow the packets of a part of a recording and give each a status."""
+    events, received, lossy, known = part.events, part.received, part.lossy, part.known
     path = follow_kernel(events, machine.iface, machine.irqs, lossy)
+    if known is not None:
+        path = known.path.continued(path, events)
     stamp = clock.to_monotonic(received["time"])
-    clock, matched = _match(path, received, stamp, clock, lossy)
-    skb = matched.event
+    before = None if known is None else Matched(known.event, known.is_ambiguous)
+    pairs = pair_packets(path, received, stamp, clock, lossy, before, part.place)
+    skb = pairs.matched.event
     # Where events are missing, a pair that is not certain must not lend its skb's evidence to the packet.
-    certain = np.where(matched.ambiguous & lossy.any, -1, skb)
-    arrival = np.where(certain >= 0, pick(path.time[:, _RX], certain, NAT), stamp - _tolerance(clock))
-    position = _positions(received)
+    certain = np.where(pairs.matched.ambiguous & lossy.any, -1, skb)
+    arrival = np.where(certain >= 0, pick(path.time[:, _RX], certain, NAT), stamp - tolerance_of(clock))
     is_tcp, is_udp = received["proto"] == TCP, received["proto"] == UDP
     payload = np.maximum(received["payload_len"].astype(np.int64), 0)
     reason, reasons = drop_reasons(events, path, skb, is_udp)
-    flow = received["directed_flow"].astype(np.int64)
-    repeat = covered_segments(flow, position, np.where(is_tcp, payload, 0), arrival, reason > 0)
-    segments = Segments(
-        certain, received["directed_flow"], position, payload, is_tcp, is_udp, arrival, repeat, reason > 0
+    is_freed, call_rank, is_counted = reason > 0, np.full(len(skb), -1, np.int64), np.zeros(len(skb), bool)
+    if known is not None:
+        # Where a datagram was dropped its own slab has seen it.
+        reason = np.where(known.is_counted & is_udp, 0, reason)
+        is_freed, call_rank, is_counted = (reason > 0) | known.is_freed, known.call_rank, known.is_counted
+    position, flow = received["position"], received["directed_flow"]
+    repeat = covered_segments(
+        flow.astype(np.int64), position, np.where(is_tcp, payload, 0), arrival, is_freed, part.pieces
     )
-    taken = consume(events, path, segments, hidden, lossy)
+    segments = Segments(
+        certain, flow, position, payload, is_tcp, is_udp, arrival, repeat, is_freed, call_rank, is_counted
+    )
+    taken = consume(events, path, segments, part.hidden, lossy, part.earlier, part.so_far.reached)
     rows = path.take(skb)
     if clock.method == "cross_stamps":
         rows.time[:, STAGE_INDEX["nic"]] = np.where(skb >= 0, stamp, NAT)
     tid, wake = _join_reader(rows, events, path, skb, taken, lossy)
-    setups = follow_handshakes(rows, received, tid, events, hidden)
+    setups = follow_handshakes(rows, received, tid, events, part.hidden)
     columns = _columns(received, path, skb, setups["tid"], wake, rows, events)
-    columns = columns.with_columns(position=position, is_data=(payload > 0) & (is_tcp | is_udp))
-    columns = reader_facts(rows, with_handshakes(columns, setups), taken, events, hidden)
-    return _judge(
-        rows,
-        columns,
-        flows,
-        Evidence(events, path, matched, taken, clock, stamp, lost, lossy, blind, repeat, (reason, reasons), damage),
+    columns = columns.with_columns(
+        position=position, row=received["row"], is_data=(payload > 0) & (is_tcp | is_udp), arrival=arrival
     )
-
-
-def _received(packets: Columns, machine: Machine) -> tuple[Columns, Columns]:
-    """Return the packets that came in, with a directed flow number, and the table of directed flows."""
-    rows = np.flatnonzero(is_received(packets, machine))
-    received = packets.take(rows)
-    key = np.where(received["flow"] >= 0, received["flow"].astype(np.int64) * 2 + received["flow_dir"], -1)
-    numbers, first, inverse = np.unique(key, return_index=True, return_inverse=True)
-    has_none = bool(len(numbers)) and numbers[0] < 0
-    received = received.with_columns(directed_flow=(inverse - has_none).astype(np.int32))
-    heads = received.take(first[1:] if has_none else first)
-    names = ("ip_version", "src_hi", "src_lo", "dst_hi", "dst_lo", "sport", "dport", "proto")
-    flows = Columns({name: heads[name] for name in names})
-    flows.attrs["labels"] = [flow_label(flows, row) for row in range(flows.n)]
-    return received, flows
-
-
-def flow_label(flows: Columns, row: int) -> str:
-    """Return a directed flow as text: ``10.0.0.1:5000>10.0.0.2:80 tcp``."""
-
-    def end(side: str, port: str) -> str:
-        high, low = int(flows[f"{side}_hi"][row]), int(flows[f"{side}_lo"][row])
-        if int(flows["ip_version"][row]) == 6:
-            return f"[{ipaddress.IPv6Address(high << 64 | low)}]:{int(flows[port][row])}"
-        return f"{ipaddress.IPv4Address(low & 0xFFFFFFFF)}:{int(flows[port][row])}"
-
-    protocol = {TCP: "tcp", UDP: "udp"}.get(int(flows["proto"][row]), str(int(flows["proto"][row])))
-    return f"{end('src', 'sport')}>{end('dst', 'dport')} {protocol}"
-
-
-def is_received(packets: Columns, machine: Machine) -> np.ndarray:
-    """Tell for each packet whether it came in: by MAC address, else by IP address; all when neither is known.
-
-    A tap sees what the host sends as well; only received packets have a path to follow.
-    """
-    sent = np.zeros(packets.n, bool)
-    if machine.macs:
-        macs = np.array(sorted(machine.macs), np.uint64)
-        sent = np.isin(packets["src_mac"], macs) & (packets["src_mac"] > 0) & ~np.isin(packets["dst_mac"], macs)
-    elif machine.addresses:
-        hi = np.array([pair[0] for pair in machine.addresses], np.uint64)
-        lo = np.array([pair[1] for pair in machine.addresses], np.uint64)
-        local_src = ((packets["src_hi"][:, None] == hi) & (packets["src_lo"][:, None] == lo)).any(axis=1)
-        local_dst = ((packets["dst_hi"][:, None] == hi) & (packets["dst_lo"][:, None] == lo)).any(axis=1)
-        sent = local_src & ~local_dst
-    return ~sent
-
-
-def _positions(received: Columns) -> np.ndarray:
-    """Return the stream position of each packet's first byte: sequence numbers unwrapped per directed flow."""
-    position = np.zeros(received.n, np.int64)
-    flow = received["directed_flow"]
-    is_tcp = received["proto"] == TCP
-    order = np.flatnonzero(is_tcp & (flow >= 0))
-    order = order[np.argsort(flow[order], kind="stable")]
-    edges = np.flatnonzero(np.diff(flow[order], prepend=-2, append=-2))
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
-        rows = order[low:high]
-        # A SYN takes one sequence number before the first byte; resets and probes of an idle connection are old or zero-length, and harmless.
-        position[rows] = unwrap_sequence(received["seq"][rows])
-    return position
-
-
-def _tolerance(clock: ClockMap) -> int:
-    """Return by how much a stamp and an event's time may disagree, ns."""
-    return max(TOLERANCE_NS, int(clock.bound_ns))
-
-
-def _match(
-    path: KernelPath, received: Columns, stamp: np.ndarray, clock: ClockMap, lossy: Hidden
-) -> tuple[ClockMap, Matched]:
-    """Classify the stamp position and match packets to skbs in the windows that follow from it."""
-    columns = path.columns
-    rx_time, drv_time = path.time[:, _RX], path.time[:, STAGE_INDEX["driver_rx"]]
-    has_driver = drv_time != NAT
-    # netif_receive_skb sees the skb above its MAC header, and without the VLAN tag that the NIC took off and libpcap puts
-    # back; a tag that the NIC left (the outer one of two, often) is still in it. The driver's event says which it is.
-    tag = np.where((received["vlan"] >= 0) & ~has_driver.any(), 4, 0)
-    length = received["wire_len"].astype(np.int64) - 14 - tag
-    skb_len = columns["len"] + 4 * (columns["vlan_tagged"] > 0)
-    position, evidence = classify_stamp(
-        stamp,
-        length,
-        drv_time[has_driver],
-        (columns["stamp_high"] - drv_time)[has_driver],
-        skb_len[has_driver],
-        rx_time,
-        skb_len,
-    )
-    tolerance = _tolerance(clock)
-    if clock.method == "cross_stamps":
-        # The readings say whose stamp it is: however soon the kernel follows, it is the NIC's.
-        position = "nic"
-    if position == "bracket":
-        low = np.where(has_driver, columns["stamp_low"] - tolerance, rx_time - STALL_NS)
-        high = np.where(has_driver, columns["stamp_high"] + tolerance, rx_time + tolerance)
-        # GRO hands up, and stamps, at the end of a poll; a packet that was not moved enters the stack right after.
-        is_napi = columns["path_kind"] == PATH_KINDS.index("napi")
-        expected = np.where(has_driver & ~is_napi, columns["stamp_low"], rx_time)
-    elif position == "tap":
-        low, high = rx_time - tolerance, _tap_limit(path, lossy) + tolerance
-        expected = rx_time
-    else:
-        first = path.first_event()
-        low, high, expected = first - STALL_NS, first + tolerance, first
-    # Two queues' polls overlap: what one driver got first it may hand up last. Each such window ends where its skb goes on.
-    overtaking = has_driver if position == "bracket" else None
-    matched = match_by_flow(
-        stamp, length, low, high, skb_len, expected, overtaking, received["directed_flow"], columns["hash"],
-        may_miss=lossy.any,
+    columns = reader_facts(rows, with_handshakes(columns, setups), taken, events, part.hidden)
+    if known is not None:
+        last_read = np.where(known.is_counted, known.last_read_cpu, columns["last_read_cpu"])
+        columns = columns.with_columns(last_read_cpu=last_read)
+    evidence = Evidence(
+        events, part.recorded, part.span, path, pairs.matched, taken, clock, stamp, lossy, part.blind, repeat,
+        (reason, reasons), part.so_far, part.earlier.fed.largest,
     )  # fmt: skip
-    found = matched.event >= 0
-    residual = stamp[found] - expected[matched.event[found]]
-    quantiles = {q: float(np.quantile(residual, q)) for q in RESIDUAL_QUANTILES} if found.any() else {}
-    return replace(clock, stamp_position=position, stamp_evidence=evidence, residual=quantiles), matched
-
-
-def _tap_limit(path: KernelPath, lossy: Hidden) -> np.ndarray:
-    """Return until when a tap stamp of each skb can come: before the CPU's next skb, and before its own next stage."""
-    rx_time, cpu, rank = path.time[:, _RX], path.cpu[:, _RX], path.rank[:, _RX]
-    index = AsOf(rank, cpu)
-    following = index.first_after(rank, cpu)
-    limit = np.where(following >= 0, rx_time[np.maximum(following, 0)], rx_time + STALL_NS)
-    for stage in ("tcp_rcv", "data_ready"):
-        time = path.time[:, STAGE_INDEX[stage]]
-        limit = np.where(time != NAT, np.minimum(limit, time), limit)
-    # Where the next events may be missing they limit nothing.
-    limit = np.where(lossy.touch(rx_time, limit, cpu), np.minimum(limit, rx_time + LOSSY_TAP_NS), limit)
-    return np.minimum(limit, rx_time + STALL_NS)
+    merged, late = merged_and_late(columns, evidence)
+    if known is not None:
+        merged = np.where(known.is_counted, known.is_merged, merged)
+        late = np.where(known.is_counted, known.is_late, late)
+    required = required_stages(columns, evidence, merged, late)
+    columns = _judge(rows, columns, required, evidence)
+    return Followed(rows, columns, required, evidence, pairs, merged, late)
 
 
 def consume(
-    events: Mapping[str, Columns], path: KernelPath, segments: Segments, hidden: Hidden, lossy: Hidden
+    events: Mapping[str, Columns],
+    path: KernelPath,
+    segments: Segments,
+    hidden: Hidden,
+    lossy: Hidden,
+    earlier: Earlier,
+    reached: np.ndarray,
 ) -> Consumption:
     """Find for each packet the copy and the receive call that took its bytes."""
     copies, receives = receive_events(events, lossy)
@@ -309,8 +310,8 @@ def consume(
         links = consume_streams(result, path, segments)
         if links is not None and (lossy.any or result.anchors_disagree.any()):
             wakes = first_wakes(events, path, segments.skb, lossy)
-            confirm_streams(result, path, segments, links, wakes, lossy)
-        consume_datagrams(result, events, path, segments, hidden, lossy)
+            confirm_streams(result, path, segments, links, wakes, lossy, earlier.rank, reached)
+        consume_datagrams(result, events, path, segments, hidden, lossy, earlier)
     return result
 
 
@@ -361,7 +362,7 @@ def _columns(
 ) -> Columns:
     """Collect the per-packet variables."""
     facts = path.columns
-    comm, comms = _comm_of(events, tid)
+    comm, comms = comm_of(events, tid)
     copy_cpu, recv_cpu = rows.cpu[:, STAGE_INDEX["copy"]], rows.cpu[:, STAGE_INDEX["recvmsg"]]
     reader_cpu = np.where(copy_cpu >= 0, copy_cpu, recv_cpu)
     gso = pick(facts["gso_size"], skb, 0)
@@ -395,7 +396,7 @@ def _columns(
     return columns
 
 
-def _comm_of(events: Mapping[str, Columns], tid: np.ndarray) -> tuple[np.ndarray, list[str]]:
+def comm_of(events: Mapping[str, Columns], tid: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """Return a code into a list of task names for each tid, -1 where unknown; the name last seen wins (names change)."""
     switch = event_columns(events, "sched:sched_switch")
     wanted = np.unique(tid[tid >= 0])
@@ -414,12 +415,8 @@ def _comm_of(events: Mapping[str, Columns], tid: np.ndarray) -> tuple[np.ndarray
     return code, labels
 
 
-def _judge(rows: StageTable, columns: Columns, flows: Columns, evidence: Evidence) -> Joined:
-    """Give every row a status, count coverage, compute the gates and the verdict."""
-    recorded = recorded_stages(evidence.events)
-    required = required_stages(
-        columns, rows.rank, evidence.path, evidence.matched.event, recorded, evidence.taken.is_behind
-    )
+def _judge(rows: StageTable, columns: Columns, required: np.ndarray, evidence: Evidence) -> Columns:
+    """Give every row a status; return the columns with it."""
     status, drop_reason, reasons_table = give_statuses(rows, columns, required, evidence)
     time_order = ORDER_INDEX[columns["path_kind"]]
     seen = np.take_along_axis(rows.time, time_order, axis=1) != NAT
@@ -430,23 +427,7 @@ def _judge(rows: StageTable, columns: Columns, flows: Columns, evidence: Evidenc
     trusted = columns["is_data"] & rows.seen("recvmsg") & np.isin(np.asarray(STATUSES)[status], TRUSTED)
     columns = columns.with_columns(status=status, drop_reason=drop_reason, t0_stage=t0, trusted=trusted)
     columns.attrs["categories"]["drop_reason"] = reasons_table
-    joined = Joined(rows.time, rows.cpu, columns, flows, _coverage(required, rows.time, columns), evidence.clock)
-    give_verdict(joined, evidence)
-    return joined
+    return columns
 
 
 ORDER_INDEX = np.array([[STAGE_INDEX[name] for name in ORDER[kind]] for kind in PATH_KINDS])
-
-
-def _coverage(required: np.ndarray, time: np.ndarray, columns: Columns) -> Columns:
-    """Count per stage: expected, seen, and why the rest is missing."""
-    seen = time != NAT
-    counts = {
-        "expected": required.sum(axis=0),
-        "matched": (required & seen).sum(axis=0),
-        "seen": seen.sum(axis=0),
-        "doubtful": doubtful_stages(required, time, columns),
-    }
-    for code, name in enumerate(STATUSES):
-        counts[name] = (required & ~seen & (columns["status"] == code)[:, None]).sum(axis=0)
-    return Columns({name: count.astype(np.int64) for name, count in counts.items()})

@@ -59,6 +59,26 @@ class KernelPath(StageTable):
         times = self.time[:, [STAGE_INDEX[name] for name in names]]
         return np.where(times == NAT, _NEVER, times).min(axis=1)
 
+    def select(self, row: np.ndarray) -> KernelPath:
+        """Return the given skbs."""
+        return KernelPath(self.time[row], self.cpu[row], self.rank[row], self.columns.take(row))
+
+    def continued(self, later: KernelPath, events: Mapping[str, Columns]) -> KernelPath:
+        """Return these skbs, with what later events say of the end of their lives, followed by the `later` ones not among them."""
+        rx = STAGE_INDEX["netif_receive_skb"]
+        new = later.select(np.flatnonzero(~np.isin(later.rank[:, rx], self.rank[:, rx])))
+        born = _end_of_life(self.rank[:, rx], self.columns["skbaddr"], events)
+        mine = self.columns.with_columns(
+            end_rank=np.minimum(self.columns["end_rank"], born),
+            wake_limit=np.minimum(self.columns["wake_limit"], _wake_limit(self, events)),
+        )
+        return KernelPath(
+            np.concatenate((self.time, new.time)),
+            np.concatenate((self.cpu, new.cpu)),
+            np.concatenate((self.rank, new.rank)),
+            mine.followed_by(new.columns),
+        )
+
 
 def event_columns(events: Mapping[str, Columns], name: str) -> Columns:
     """Return the columns of an event, empty where it was not recorded."""
@@ -118,7 +138,8 @@ def follow_kernel(
         path.columns = path.columns.with_columns(**{name: np.empty(0, np.int64) for name in _COLUMN_NAMES})
         return path
     path.columns = path.columns.with_columns(
-        end_rank=_end_of_life(receive, events), **_link_driver(path, receive, events, iface, hidden)
+        end_rank=_end_of_life(receive["rank"], facts["skbaddr"], events),
+        **_link_driver(path, receive, events, iface, hidden),
     )
     _link_softirq(path, events, irqs or {}, hidden)
     _link_rps(path, events, hidden)
@@ -132,14 +153,15 @@ _COLUMN_NAMES = (
 )  # fmt: skip
 
 
-def _end_of_life(receive: Columns, events: Mapping[str, Columns]) -> np.ndarray:
-    """Return the rank at which each received skb's address is born again (the largest int64: never)."""
+def _end_of_life(received: np.ndarray, address: np.ndarray, events: Mapping[str, Columns]) -> np.ndarray:
+    """Return the rank at which each skb's address is born again after its `received` rank (the largest int64: never)."""
     births = [event_columns(events, name) for name in BIRTHS]
     births = [birth for birth in births if birth.n and "skbaddr" in birth]
+    if not births:
+        return np.full(len(received), _NEVER)
     rank = np.concatenate([birth["rank"] for birth in births])
-    address = np.concatenate([_field(birth, "skbaddr", np.uint64) for birth in births])
-    index = AsOf(rank, address)
-    return index.rank_of(index.first_after(receive["rank"], _field(receive, "skbaddr", np.uint64)), _NEVER)
+    index = AsOf(rank, np.concatenate([_field(birth, "skbaddr", np.uint64) for birth in births]))
+    return index.rank_of(index.first_after(received, address), _NEVER)
 
 
 def _link_driver(
@@ -382,12 +404,13 @@ def _link_data_ready(path: KernelPath, events: Mapping[str, Columns], probes: Co
     path.columns = path.columns.with_columns(
         socket=np.where(row >= 0, pick(_field(ready, "skaddr", np.uint64), row, 0), socket).astype(np.uint64),
         ready_tid=pick(ready["tid"].astype(np.int64), row, -1),
-        wake_limit=_wake_limit(path, (everything, probes, ready)),
+        wake_limit=_wake_limit(path, events),
     )
 
 
-def _wake_limit(path: KernelPath, others: tuple[Columns, ...]) -> np.ndarray:
+def _wake_limit(path: KernelPath, events: Mapping[str, Columns]) -> np.ndarray:
     """Return the rank of the first event after data_ready, on its CPU, that begins another packet's processing."""
     at = STAGE_INDEX["data_ready"]
+    others = [event_columns(events, name) for name in ("net:netif_receive_skb", "tcp:tcp_probe", "sock:sk_data_ready")]
     index = AsOf(np.concatenate([c["rank"] for c in others]), np.concatenate([c["cpu"] for c in others]))
     return index.rank_of(index.first_after(path.rank[:, at], path.cpu[:, at]), _NEVER)

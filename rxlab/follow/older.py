@@ -7,7 +7,7 @@ since 6.8 only, and without it cannot be linked to one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 import numpy as np
 
@@ -19,12 +19,16 @@ PROBE = "tcp:tcp_probe"
 _AF_INET, _TCP, _UDP = 2, 6, 17
 
 
-def as_on_newer_kernels(events: Mapping[str, Columns]) -> dict[str, Columns]:
-    """Return the events with the receive calls of :data:`RECEIVE`, and without those that cannot be linked."""
+def as_on_newer_kernels(events: Mapping[str, Columns], recorded: Set[str] | None = None) -> dict[str, Columns]:
+    """Return the events with the receive calls of :data:`RECEIVE`, and without those that cannot be linked.
+
+    `recorded` are the events that the whole recording has, where these are a part of it.
+    """
+    recorded = {name for name in events if events[name].n} if recorded is None else recorded
     completed = dict(events)
-    if PROBE in events and "skbaddr" not in events[PROBE]:
+    if PROBE in events and events[PROBE].n and "skbaddr" not in events[PROBE]:
         del completed[PROBE]
-    if RECEIVE not in events or not events[RECEIVE].n:
+    if RECEIVE not in recorded:
         calls = [events[name] for name in SUBSTITUTES[RECEIVE] if name in events and events[name].n]
         if calls:
             completed[RECEIVE] = _receive_calls(calls)

@@ -7,9 +7,10 @@ Copies of linear UDP skbs have no event, so datagrams are told by their place in
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+import pandas as pd
 
 from rxlab.follow.asof import AsOf, pick
 from rxlab.follow.bounds import NOWHERE, Calls, close_in
@@ -56,6 +57,10 @@ class Queue:
         It was queued; else it may have been dropped.
     is_first : bool
         This kernel calls data_ready only where the receive queue was empty. (Not the whole socket: readers move it aside.)
+    is_cut : bool
+        Datagrams that were in it before are not at hand any more.
+    call_rank : int64 array
+        Rank of the call that an earlier part of the recording showed to have read it, -1 where none.
     """
 
     packet: np.ndarray
@@ -66,13 +71,89 @@ class Queue:
     woken: np.ndarray
     is_sure: np.ndarray
     is_first: bool
+    is_cut: bool
+    call_rank: np.ndarray
+
+
+@dataclass(frozen=True)
+class Fed:
+    """What earlier parts of a recording told of the queues.
+
+    Attributes
+    ----------
+    flow, socket, count : integer arrays, dims (pair,)
+        Datagrams of each flow that data_ready said to be in each socket.
+    behind : int
+        Datagrams that were surely queued and had no data_ready.
+    largest : int
+        Most bytes that a call on a UDP socket returned.
+    left : uint64 array, dims (socket,)
+        Sockets of which some datagrams are no more at hand; of the others all are, and all calls since the first of them.
+    """
+
+    flow: np.ndarray
+    socket: np.ndarray
+    count: np.ndarray
+    behind: int = 0
+    largest: int = 0
+    left: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+
+    @classmethod
+    def nothing(cls) -> Fed:
+        """Return what is known before a recording begins."""
+        return cls(np.empty(0, np.int64), np.empty(0, np.uint64), np.empty(0, np.int64))
+
+    def sockets_of(self, n_flows: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the lowest and the highest socket that each flow feeds: equal where it is one."""
+        low, high = np.full(n_flows, np.iinfo(np.uint64).max, np.uint64), np.zeros(n_flows, np.uint64)
+        np.minimum.at(low, self.flow, self.socket)
+        np.maximum.at(high, self.flow, self.socket)
+        return low, high
+
+    def with_datagrams(self, flow: np.ndarray, socket: np.ndarray) -> Fed:
+        """Return the counts with some datagrams more."""
+        flow, socket = np.concatenate((self.flow, flow)), np.concatenate((self.socket, socket))
+        count = np.concatenate((self.count, np.ones(len(flow) - len(self.count), np.int64)))
+        order = np.lexsort((socket, flow))
+        flow, socket, count = flow[order], socket[order], count[order]
+        heads = (
+            np.flatnonzero(np.concatenate(([True], (flow[1:] != flow[:-1]) | (socket[1:] != socket[:-1]))))
+            if len(flow)
+            else order
+        )
+        total = np.add.reduceat(count, heads) if len(flow) else count
+        return replace(self, flow=flow[heads], socket=socket[heads], count=total)
+
+    def without_foreign(self) -> Fed:
+        """Leave out sockets that took so few of a flow's datagrams that they took none."""
+        total = np.bincount(self.flow, weights=self.count)
+        own = self.count * FOREIGN_SHARE >= total[self.flow]
+        return replace(self, flow=self.flow[own], socket=self.socket[own], count=self.count[own])
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What is known of the recording before the part that is looked at.
+
+    Attributes
+    ----------
+    fed : Fed
+    time : int, nanoseconds of CLOCK_MONOTONIC
+        When the recording began.
+    rank : int
+        From this rank on all events are at hand.
+    """
+
+    fed: Fed
+    time: int
+    rank: int = -1
 
 
 @dataclass(frozen=True)
 class Begun:
-    """When the recording began (ns of CLOCK_MONOTONIC), and the sleeps of all tasks, by task: when each ended no earlier."""
+    """When the recording began, and the sleeps of all tasks, by task: when each ended no earlier."""
 
-    time: int
+    earlier: Earlier
     sleeps: AsOf
 
 
@@ -90,24 +171,26 @@ def consume_datagrams(
     segments: Segments,
     hidden: Hidden,
     lossy: Hidden,
+    earlier: Earlier,
 ) -> None:
     """Join UDP packets to receive calls: first queued, first received, per socket, with equal lengths.
 
     Where a task is blind its softirqs are not seen, so datagrams may be missing (`hidden`); the calls of a reader that is
     not blind itself are all there, except where events were lost (`lossy`).
     """
-    packets, ready_rank, socket, sure = _queued(events, path, segments, hidden)
-    order = np.lexsort((np.arange(len(packets)), socket))
+    packets, ready_rank, socket, sure = _queued(result, events, path, segments, hidden, earlier.fed)
+    order = np.argsort(socket, kind="stable")
     packets, ready_rank, socket, sure = packets[order], ready_rank[order], socket[order], sure[order]
+    result.socket[packets] = socket
     # Some surely queued, and nobody told: this kernel calls data_ready only where the queue was empty.
-    is_first = bool((sure & (ready_rank < 0)).sum() >= MIN_BEHIND)
+    result.is_silent[packets] = sure & (ready_rank < 0)
+    is_first = bool(earlier.fed.behind + result.is_silent[~segments.is_counted].sum() >= MIN_BEHIND)
     waking, woken = first_wakes(events, path, np.where(ready_rank >= 0, segments.skb[packets], -1), hidden)
     receives = result.receives
     taking = np.flatnonzero((receives["protocol"] != 6) & ((receives["flags"] & MSG_PEEK) == 0))
     taking = taking[np.lexsort((receives["rank"][taking], receives["sk"][taking].astype(np.uint64)))]
     call_socket = receives["sk"][taking].astype(np.uint64)
-    first_seen = min((int(columns["time"].min()) for columns in events.values() if columns.n), default=0)
-    begun = Begun(first_seen, _ends_of_sleep(events))
+    begun = Begun(earlier, _ends_of_sleep(events))
     edges = np.flatnonzero(np.concatenate(([True], socket[1:] != socket[:-1], [True]))) if len(socket) else [0]
     for low, high in zip(edges[:-1], edges[1:], strict=True):
         first, stop = np.searchsorted(call_socket, [socket[low], socket[low] + np.uint64(1)])
@@ -122,13 +205,20 @@ def consume_datagrams(
             woken[mine],
             sure[mine],
             is_first,
+            bool(np.isin(socket[low], earlier.fed.left)),
+            segments.call_rank[rows],
         )
         _consume_queue(result, queue, taking[first:stop], begun, lossy)
     _doubt_crossed(result, path, segments, packets, socket)
 
 
 def _queued(
-    events: Mapping[str, Columns], path: KernelPath, segments: Segments, hidden: Hidden
+    result: Consumption,
+    events: Mapping[str, Columns],
+    path: KernelPath,
+    segments: Segments,
+    hidden: Hidden,
+    fed: Fed,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return the packets that were, or may have been, queued: row, rank of data_ready (-1: not seen), socket, whether it surely was.
 
@@ -136,41 +226,38 @@ def _queued(
     where the queue was empty (__udp_enqueue_schedule_skb, "becomes_readable"): a datagram without it was dropped, where the
     kernel says so, or waits behind another. One that was captured and of which perf delivered nothing may be either.
     """
-    skb, flow = segments.skb, segments.flow
-    packets = np.flatnonzero(segments.is_udp & (flow >= 0))
-    _forget_foreign(path, segments, packets)
+    skb = segments.skb
+    packets = np.flatnonzero(segments.is_udp & (segments.flow >= 0))
+    flow = segments.flow[packets].astype(np.int64)
+    linked = pick(path.rank[:, _READY], skb[packets], -1) >= 0
+    is_fed = linked & ~segments.is_freed[packets]
+    result.fed[packets] = np.where(is_fed, pick(path.columns["socket"], skb[packets], 0), 0)
+    new = packets[is_fed & ~segments.is_counted[packets]]
+    fed = fed.with_datagrams(segments.flow[new].astype(np.int64), result.fed[new]).without_foreign()
+    _forget_foreign(result, path, segments, packets[linked], fed)
     ready_rank = pick(path.rank[:, _READY], skb[packets], -1)
     seen = ready_rank >= 0
     socket = np.where(seen, pick(path.columns["socket"], skb[packets], 0), 0).astype(np.uint64)
-    numbers, inverse = np.unique(flow[packets], return_inverse=True)
-    low = np.full(len(numbers), np.iinfo(np.uint64).max, np.uint64)
-    high = np.zeros(len(numbers), np.uint64)
-    np.minimum.at(low, inverse[seen], socket[seen])
-    np.maximum.at(high, inverse[seen], socket[seen])
-    place = ~seen & ~segments.is_freed[packets] & (low == high)[inverse]
+    low, high = fed.sockets_of(int(flow.max(initial=-1)) + 1)
+    low, high = low[flow], high[flow]
+    place = ~seen & ~segments.is_freed[packets] & (low == high)
     received = pick(path.time[:, _RX], skb[packets], NAT)
     told = (received != NAT) & ~hidden.touch(received, received + QUEUE_NS, pick(path.cpu[:, _RX], skb[packets], -1))
     # Without the events that tell of drops, a datagram that was not made ready may be one.
     sure = seen | (told if "skb:kfree_skb" in events else np.zeros(len(packets), bool))
-    socket = np.where(place, high[inverse], socket)
+    socket = np.where(place, high, socket)
     keep = np.flatnonzero(seen | place)
     keep = keep[np.argsort(segments.arrival[packets[keep]], kind="stable")]
     return packets[keep], ready_rank[keep], socket[keep], sure[keep]
 
 
-def _forget_foreign(path: KernelPath, segments: Segments, packets: np.ndarray) -> None:
+def _forget_foreign(result: Consumption, path: KernelPath, segments: Segments, linked: np.ndarray, fed: Fed) -> None:
     """Forget data_ready of datagrams that were dropped, or whose flow feeds another socket: the event was another packet's."""
-    skb = segments.skb[packets]
-    linked = np.flatnonzero((skb >= 0) & (pick(path.rank[:, _READY], skb, -1) >= 0))
-    if not len(linked):
-        return
-    socket = path.columns["socket"][skb[linked]].astype(np.uint64)
-    flow = segments.flow[packets[linked]].astype(np.int64)
-    sockets, code = np.unique(socket, return_inverse=True)
-    pairs, inverse, count = np.unique(flow * len(sockets) + code, return_inverse=True, return_counts=True)
-    total = np.bincount(flow)
-    foreign = (count * FOREIGN_SHARE < total[pairs // len(sockets)])[inverse]
-    rows = skb[linked[foreign | segments.is_freed[packets[linked]]]]
+    pairs = pd.MultiIndex.from_arrays([fed.flow, fed.socket])
+    own = (
+        pairs.get_indexer(pd.MultiIndex.from_arrays([segments.flow[linked].astype(np.int64), result.fed[linked]])) >= 0
+    )
+    rows = segments.skb[linked[~own | segments.is_freed[linked]]]
     path.unset("data_ready", rows)
     path.columns["socket"][rows] = 0
 
@@ -178,6 +265,10 @@ def _forget_foreign(path: KernelPath, segments: Segments, packets: np.ndarray) -
 def _consume_queue(result: Consumption, queue: Queue, calls: np.ndarray, begun: Begun, lossy: Hidden) -> None:
     """Join one socket's queue to its receive calls (rows of the receive events, in order, refusals included)."""
     receives = result.receives
+    if queue.is_cut:
+        # Of the calls before those that are all at hand only one is needed: the last that is known.
+        known = queue.call_rank[queue.call_rank >= 0]
+        calls = calls[receives["rank"][calls] >= (known.min() if len(known) else begun.earlier.rank)]
     ret, tid = receives["ret"][calls].astype(np.int64), receives["tid"][calls]
     # Another reader may still have to return what it took when one finds nothing.
     calls = calls[(ret >= 0) | ((ret == EAGAIN) & bool(len(tid) and (tid == tid[0]).all()))]
@@ -192,7 +283,7 @@ def _consume_queue(result: Consumption, queue: Queue, calls: np.ndarray, begun: 
     at, known = bounds.place, takes & (bounds.place >= 0) & (bounds.place < len(place))
     slot = np.where(known, at, 0)
     # A reader's buffer may be smaller than its datagrams: then every such call returns as much as it holds.
-    cut = (returned == returned.max()) & (queue.length[slot] > returned)
+    cut = (returned == max(returned.max(), begun.earlier.fed.largest)) & (queue.length[slot] > returned)
     fits = known & ((queue.length[slot] == returned) | cut)
     wrong = known & ~fits
     if wrong.any():
@@ -226,11 +317,14 @@ def _bounded(
     low = np.full(len(calls), NOWHERE, np.int64)
     _bound_woken(low, receives, queue, calls)
     _bound_refused(low, receives, queue, calls, begun)
-    start = int(queue.arrival[by_arrival[0]])
-    is_quiet = start - begun.time >= QUIET_NS and time[0] > start
-    if is_quiet and not lossy.touch(np.array([begun.time]), time[:1]).any():
+    start, since = int(queue.arrival[by_arrival[0]]), begun.earlier.time
+    is_quiet = start - since >= QUIET_NS and time[0] > start and not queue.is_cut
+    if is_quiet and not lossy.touch(np.array([since]), time[:1]).any():
         first = following[0] if takes[0] else -1
         low[0], high[0] = max(low[0], min(first, 0)), min(high[0], first)
+    known = np.flatnonzero(queue.call_rank >= 0)
+    at = np.searchsorted(receives["rank"][calls], queue.call_rank[known])
+    low[at], high[at] = known, known
     return Calls(np.zeros(len(calls), np.int64), takes.astype(np.int64), is_next, low, high)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from rxlab.read.columns import Columns
 from rxlab.read.compiler import njit
 
 # Pieces of a stream held beyond its contiguous part while a hole is open; a sender's window has fewer holes than this.
@@ -11,7 +12,12 @@ MAX_PIECES = 256
 
 
 def covered_segments(
-    flow: np.ndarray, position: np.ndarray, length: np.ndarray, arrival: np.ndarray, is_dropped: np.ndarray
+    flow: np.ndarray,
+    position: np.ndarray,
+    length: np.ndarray,
+    arrival: np.ndarray,
+    is_dropped: np.ndarray,
+    before: Columns | None = None,
 ) -> np.ndarray:
     """Tell which segments bring nothing new.
 
@@ -21,13 +27,50 @@ def covered_segments(
         Directed flow, stream position of the first byte, bytes, and when it came; length 0: not looked at.
     is_dropped : bool array
         The kernel freed the segment before it was read: it owns nothing.
+    before : Columns, optional
+        ``flow, begin, end`` of the pieces of the streams that had come before (:func:`merged_pieces`).
     """
+    if before is not None and before.n:
+        blank, late = np.zeros(before.n, bool), len(flow)
+        flow, position = np.concatenate((before["flow"], flow)), np.concatenate((before["begin"], position))
+        length = np.concatenate((before["end"] - before["begin"], length))
+        first = np.full(before.n, np.iinfo(np.int64).min)
+        arrival, is_dropped = np.concatenate((first, arrival)), np.concatenate((blank, is_dropped))
+        return covered_segments(flow, position, length, arrival, is_dropped)[-late:] if late else blank[:0]
     order = np.lexsort((arrival, flow))
     order = order[length[order] > 0]
     covered = np.zeros(len(flow), bool)
     if len(order):
         covered[order] = _covered(flow[order], position[order], (position + length)[order], is_dropped[order])
     return covered
+
+
+def merged_pieces(before: Columns | None, flow: np.ndarray, begin: np.ndarray, end: np.ndarray) -> Columns:
+    """Return the pieces of the streams that `before` (None: none) and segments cover together."""
+    if before is not None:
+        flow, begin = np.concatenate((before["flow"], flow)), np.concatenate((before["begin"], begin))
+        end = np.concatenate((before["end"], end))
+    order = np.lexsort((begin, flow))
+    flow, begin, end = flow[order], begin[order], end[order]
+    if not len(flow):
+        return Columns({"flow": flow, "begin": begin, "end": end})
+    # Streams laid out one behind the other, so that one running maximum serves them all.
+    heads = np.flatnonzero(np.diff(flow, prepend=-1))
+    sizes = np.diff(np.append(heads, len(flow)))
+    reached = np.concatenate(
+        [np.maximum.accumulate(end[at : at + size]) for at, size in zip(heads, sizes, strict=True)]
+    )
+    is_head = np.ones(len(flow), bool)
+    is_head[1:] = (flow[1:] != flow[:-1]) | (begin[1:] > reached[:-1])
+    first = np.flatnonzero(is_head)
+    last = np.append(first[1:], len(flow)) - 1
+    return Columns({"flow": flow[first], "begin": begin[first], "end": reached[last]})
+
+
+def last_pieces(pieces: Columns) -> Columns:
+    """Return the last `MAX_PIECES` pieces of each stream."""
+    following = np.searchsorted(pieces["flow"], pieces["flow"], side="right")
+    return pieces.take(following - np.arange(pieces.n) <= MAX_PIECES)
 
 
 @njit(cache=True, nogil=True)

@@ -61,17 +61,15 @@ def stage_verdicts(coverage: Mapping[str, np.ndarray] | Columns, verdict: str) -
     return np.where(expected > 0, told, code["not_required"]).astype(np.int8)
 
 
-def doubt_text(columns: Columns, coverage: Columns, verdict: str) -> list[str]:
-    """Return which packets and which stages degrade a run, as one clause, or nothing."""
-    untrusted = columns["is_data"] & np.isin(np.asarray(STATUSES)[columns["status"]], FLAGGED)
-    degraded = np.flatnonzero(stage_verdicts(coverage, verdict) == STAGE_VERDICTS.index("degraded"))
+def doubt_text(doubted: int, certain: int, coverage: Columns) -> list[str]:
+    """Return which stages degrade a run, and how many flagged data packets do (`certain`: their reader is), as one clause."""
+    degraded = np.flatnonzero(stage_verdicts(coverage, "degraded") == STAGE_VERDICTS.index("degraded"))
     if not len(degraded):
         return []
     stages = ", ".join(
         f"{STAGE_NAMES[at]} {100 * coverage['doubtful'][at] / coverage['expected'][at]:.1f} %"
         for at in degraded.tolist()
     )
-    trusted = int((untrusted & columns["trusted"]).sum())
     return [
-        f"{int(untrusted.sum())} data packets are flagged (the reader of {trusted} is certain all the same); in doubt are {stages}"
+        f"{doubted} data packets are flagged (the reader of {certain} is certain all the same); in doubt are {stages}"
     ]

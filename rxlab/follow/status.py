@@ -5,7 +5,7 @@ Every row gets a status (stages.STATUSES); causes that hide data (blind, lost) c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ from rxlab.follow.hidden import BLIND_AFTER_NS, BLIND_BEFORE_NS, Hidden
 from rxlab.follow.kernelpath import KernelPath, event_columns
 from rxlab.follow.match import Matched
 from rxlab.follow.older import readers_seen
+from rxlab.follow.repeats import last_pieces, merged_pieces
 from rxlab.follow.stagetable import StageTable
 from rxlab.read.columns import Columns
 from rxlab.stages import ATTRIBUTIONS, STAGE_INDEX, STAGE_NAMES, STATUSES, stages_without
@@ -35,6 +36,52 @@ TRUSTED = ("complete", "lost", "blind")
 NOT_COUNTED = ("duplicate", "dropped", "outside_window")
 
 
+@dataclass
+class FlowsSoFar:
+    """What the packets before those at hand told of each flow; int64 arrays, dims (flow,), -1 (the smallest int64) for nothing.
+
+    Attributes
+    ----------
+    reached : int64 array
+        Furthest end of the stream that any of them had.
+    read_to : int64 array
+        Furthest packet that was read: stream position (TCP), row (other).
+    read : Columns
+        ``flow, begin, end`` of the pieces of the streams that were read (:func:`rxlab.follow.repeats.merged_pieces`).
+    """
+
+    reached: np.ndarray
+    read_to: np.ndarray
+    read: Columns
+
+    @classmethod
+    def nothing(cls, n_flows: int) -> FlowsSoFar:
+        """Return what is known before a recording begins."""
+        nothing = np.empty(0, np.int64)
+        return cls(np.full(n_flows, NAT), np.full(n_flows, NAT), merged_pieces(None, nothing, nothing, nothing))
+
+    def raise_to(self, columns: Columns, leaving: np.ndarray, is_read: np.ndarray) -> None:
+        """Add packets: of those `leaving` where they ended, of those `is_read` where they lie (masks, dims (packet,))."""
+        of_flow = columns["flow"] >= 0
+        rows = np.flatnonzero(leaving & columns["is_data"] & of_flow)
+        end = columns["position"][rows] + columns["payload_len"][rows]
+        np.maximum.at(self.reached, columns["flow"][rows], end)
+        rows = np.flatnonzero(is_read & of_flow)
+        np.maximum.at(self.read_to, columns["flow"][rows], _place_in_flow(columns)[rows])
+        self.read = last_pieces(pieces_with(self.read, columns, rows[columns["proto"][rows] == TCP]))
+
+
+def pieces_with(pieces: Columns, columns: Columns, rows: np.ndarray) -> Columns:
+    """Return pieces of streams together with those that some packets bring."""
+    begin = columns["position"][rows]
+    return merged_pieces(pieces, columns["flow"][rows].astype(np.int64), begin, begin + columns["payload_len"][rows])
+
+
+def _place_in_flow(columns: Columns) -> np.ndarray:
+    """Return what orders the packets of a flow as they are read."""
+    return np.where(columns["proto"] == TCP, columns["position"], columns["row"])
+
+
 @dataclass(frozen=True)
 class Evidence:
     """What a packet's status is judged by, beside its own stages.
@@ -42,6 +89,10 @@ class Evidence:
     Attributes
     ----------
     events : mapping of str to Columns
+    recorded : set of str
+        The events of which the recording has any.
+    span : tuple of int, nanoseconds of CLOCK_MONOTONIC
+        The first and the last event of the recording.
     path : KernelPath
     matched : Matched
         Packets <-> rows of `path`.
@@ -49,8 +100,6 @@ class Evidence:
     clock : ClockMap
     stamp : int64 array, dims (packet,), nanoseconds of CLOCK_MONOTONIC
         The pcap stamps, converted.
-    lost : int
-        Events perf reported as lost.
     lossy : Hidden
         Where they were lost.
     blind : int64 array, dims (window, 4)
@@ -59,34 +108,36 @@ class Evidence:
         TCP bytes that had come before (:func:`rxlab.follow.repeats.covered_segments`).
     freed : pair
         :func:`drop_reasons`.
-    damage : tuple of str
-        What is known to be missing from the files themselves: a capture or a recording that was cut.
+    so_far : FlowsSoFar
+    largest_call : int
+        Most bytes that a call on a UDP socket returned before.
     """
 
     events: Mapping[str, Columns]
+    recorded: Set[str]
+    span: tuple[int, int]
     path: KernelPath
     matched: Matched
     taken: Consumption
     clock: ClockMap
     stamp: np.ndarray
-    lost: int
     lossy: Hidden
     blind: np.ndarray
     is_repeat: np.ndarray
     freed: tuple[np.ndarray, list[str]]
-    damage: tuple[str, ...] = ()
+    so_far: FlowsSoFar
+    largest_call: int = 0
 
 
-def recorded_stages(events: Mapping[str, Columns]) -> set[str]:
-    """Return the stages that the recorded events can show."""
-    gone = stages_without({name for name in events if events[name].n})
-    return set(STAGE_NAMES) - set(gone) - {"nic"}
-
-
-def required_stages(
-    columns: Columns, rank: np.ndarray, path: KernelPath, skb: np.ndarray, recorded: set[str], is_behind: np.ndarray
-) -> np.ndarray:
+def required_stages(columns: Columns, evidence: Evidence, merged: np.ndarray, late: np.ndarray) -> np.ndarray:
     """Tell which stages each row must show, by path kind, protocol and attribution class.
+
+    Parameters
+    ----------
+    columns : Columns
+    evidence : Evidence
+    merged, late : bool arrays
+        :func:`merged_and_late`.
 
     Returns
     -------
@@ -96,7 +147,10 @@ def required_stages(
     is_data, is_tcp = columns["is_data"], columns["proto"] == TCP
     attribution = columns["attribution"]
     required = np.zeros((n, len(STAGE_NAMES)), bool)
-    merged, late = _merged_and_late(columns, rank, path, skb)
+    recorded, is_behind = (
+        set(STAGE_NAMES) - set(stages_without(set(evidence.recorded))) - {"nic"},
+        evidence.taken.is_behind,
+    )
     needs = {
         "driver_rx": is_data,
         "netif_receive_skb": np.ones(n, bool),
@@ -117,16 +171,14 @@ def required_stages(
     return required
 
 
-def _merged_and_late(
-    columns: Columns, rank: np.ndarray, path: KernelPath, skb: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def merged_and_late(columns: Columns, evidence: Evidence) -> tuple[np.ndarray, np.ndarray]:
     """Tell which TCP packets lost their skb to an earlier one, and which arrived out of order.
 
     The socket backlog merges a segment into the tail it finds there: only the first skb reaches tcp_rcv_established, and its
     tcp_probe reports more bytes than its own packet had (alignment.md 2.1, "no tcp_probe").
     """
     flow, payload, position = columns["flow"], columns["payload_len"].astype(np.int64), columns["position"]
-    probe_len = pick(path.columns["probe_len"], skb, -1)
+    probe_len = pick(evidence.path.columns["probe_len"], evidence.matched.event, -1)
     # Pure ACKs count as well: data may be merged into the skb of one that waits in the backlog before it.
     order = np.flatnonzero((columns["proto"] == TCP) & (flow >= 0))
     order = order[np.lexsort((order, flow[order]))]
@@ -143,8 +195,9 @@ def _merged_and_late(
     end = position[order] + payload[order]
     edges = np.flatnonzero(np.diff(flow[order], prepend=-2, append=-2))
     for low, high in zip(edges[:-1], edges[1:], strict=True):
-        reached = np.maximum.accumulate(end[low:high])
-        late[order[low + 1 : high]] = position[order[low + 1 : high]] != reached[:-1]
+        before = evidence.so_far.reached[flow[order[low]]]
+        reached = np.maximum.accumulate(np.concatenate(([before], end[low:high])))[:-1]
+        late[order[low:high]] = (position[order[low:high]] != reached) & (reached != NAT)
     return merged, late
 
 
@@ -162,7 +215,7 @@ def give_statuses(
     reason = np.where((rows.rank[:, STAGE_INDEX["copy"]] >= 0) | duplicate, 0, reason).astype(np.int16)
     # A later byte of the same stream, or a later datagram of the same socket, was read: so was this one, and its events
     # were not delivered although perf reported no loss.
-    overtaken = is_data & ~has_reader & (reason == 0) & _overtaken(columns, has_reader)
+    overtaken = is_data & ~has_reader & (reason == 0) & _overtaken(columns, has_reader, evidence.so_far.read_to)
     status[missing] = code["incomplete"]
     # Where no receive call can be seen, none is known to be missing.
     sees_reader = np.isin(columns["proto"], readers_seen(evidence.events))
@@ -176,8 +229,7 @@ def give_statuses(
     unfinished = (missing | overtaken) & ~np.isin(status, (code["dropped"], code["duplicate"]))
     status[unfinished & blind] = code["blind"]
     status[unfinished & lost] = code["lost"]
-    times = [event["time"] for event in evidence.events.values() if event.n]
-    first, last = min(int(time.min()) for time in times), max(int(time.max()) for time in times)
+    first, last = evidence.span
     unmatched = evidence.matched.event < 0
     status[unmatched] = code["unmatched"]
     status[unmatched & blind] = code["blind"]
@@ -199,17 +251,17 @@ def _inside_loss(rows: StageTable, stamp: np.ndarray, lossy: Hidden) -> np.ndarr
     return lossy.touch(stamp - UNREAD_NS, np.where(end == NAT, stamp + UNREAD_NS, end))
 
 
-def _overtaken(columns: Columns, has_reader: np.ndarray) -> np.ndarray:
+def _overtaken(columns: Columns, has_reader: np.ndarray, read_before: np.ndarray) -> np.ndarray:
     """Tell which packets of a flow come before one that was read (in stream order for TCP, in capture order else)."""
     overtaken = np.zeros(columns.n, bool)
-    key = np.where(columns["proto"] == TCP, columns["position"], np.arange(columns.n))
+    key = _place_in_flow(columns)
     order = np.lexsort((key, columns["flow"]))
     flow, read = columns["flow"][order], np.where(has_reader[order], np.arange(columns.n), -1)
     # The last packet of the flow that was read, seen from each packet: a maximum from the right within the flow.
     edges = np.flatnonzero(np.diff(flow, prepend=-2, append=-2))
     last = np.maximum.reduceat(read, edges[:-1]) if columns.n else read
     overtaken[order] = np.repeat(last, np.diff(edges)) > np.arange(columns.n)
-    return overtaken
+    return overtaken | ((columns["flow"] >= 0) & (pick(read_before, columns["flow"], NAT) > key))
 
 
 def drop_reasons(

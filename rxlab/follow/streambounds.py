@@ -37,6 +37,8 @@ def confirm_streams(
     links: StreamLinks,
     wakes: tuple[np.ndarray, np.ndarray],
     lossy: Hidden,
+    dense: int,
+    reached: np.ndarray,
 ) -> None:
     """Confirm, correct or doubt the claims of TCP packets in whose life events were lost, or that are in doubt anyway.
 
@@ -44,6 +46,10 @@ def confirm_streams(
     ----------
     wakes : pair of int64 arrays, dims (packet,)
         Rank of the wake-up each packet's data_ready made and the task woken, -1 where none.
+    dense : int
+        From this rank on all calls are at hand.
+    reached : int64 array, dims (flow,)
+        How far each stream had come with the packets that are not at hand any more.
     """
     data = np.flatnonzero(segments.is_tcp & (segments.length > 0) & (segments.flow >= 0))
     returned = pick(result.receives["time"], result.receive[data], np.iinfo(np.int64).max // 4)
@@ -56,7 +62,7 @@ def confirm_streams(
     if not touched.any():
         return
     calls = _calls_of_flows(result, path, segments, data)
-    place = _close(result, segments, data, links, wakes, calls, lossy)
+    place = _close(result, segments, data, links, wakes, calls, lossy, dense, reached)
     rows, call = _owners(result, segments, data, calls, place)
     owner = np.full(len(segments.flow), -1, np.int64)
     owner[rows] = call
@@ -119,6 +125,8 @@ def _close(
     wakes: tuple[np.ndarray, np.ndarray],
     calls: _FlowCalls,
     lossy: Hidden,
+    dense: int,
+    reached: np.ndarray,
 ) -> np.ndarray:
     """Return the stream position each call ended at, `NOWHERE` where it cannot be known."""
     receives, row = result.receives, calls.row
@@ -140,8 +148,9 @@ def _close(
     # A reader asleep had read everything before; one that waits for all of its buffer may have part of it already.
     waits = (receives["flags"][row[call]].astype(np.int64) & MSG_WAITALL) > 0
     np.maximum.at(low, call, segments.position[woke] + np.where(waits, 1, step[call]))
-    high = _arrived(segments, data, calls, time)
+    high = np.maximum(_arrived(segments, data, calls, time), reached[calls.flow])
     is_next = np.concatenate(([False], ~lossy.touch(time[:-1], time[1:])))
+    is_next[1:] &= receives["rank"][row[:-1]] >= dense
     return close_in(Calls(calls.flow, step, is_next, low, high)).place
 
 

@@ -22,7 +22,9 @@ def consume_streams(result: Consumption, path: KernelPath, segments: Segments) -
     copies, flow = result.copies, segments.flow
     if not copies.n or not len(flow):
         return None
-    copy_flow, copy_start, whole, since = _copy_positions(result, path, segments)
+    packet, copy_start, whole, since = _copy_positions(result, path, segments)
+    copy_flow = pick(flow, packet, -1)
+    result.copied_from = packet.copy()
     order = np.lexsort((copies["rank"], copy_flow))
     order = order[copy_flow[order] >= 0]
     data = np.flatnonzero(segments.is_tcp & (segments.length > 0) & (flow >= 0))
@@ -35,7 +37,7 @@ def consume_streams(result: Consumption, path: KernelPath, segments: Segments) -
         first, stop = np.searchsorted(flow[by_flow], [number, number + 1])
         mine = StreamCopies(rows, copy_start[rows], copies["len"][rows].astype(np.int64), whole[rows])
         mine = _without_foreign(mine, copies["doubtful"][rows])
-        result.bytes_copied[number] = int(mine.length.sum())
+        result.copied_from[np.setdiff1d(rows, mine.rows)] = -1
         _consume_stream(result, by_flow[first:stop], mine, segments, rx_rank)
     return StreamLinks(copy_start, copy_flow, since)
 
@@ -97,9 +99,9 @@ def _consume_stream(
 def _copy_positions(
     result: Consumption, path: KernelPath, segments: Segments
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return flow and stream position of each copy, whether its skb was copied whole, and when that skb arrived.
+    """Return packet and stream position of each copy, whether its skb was copied whole, and when that skb arrived.
 
-    Flow is -1 where the skb has no packet. "Whole" means that the copies of one skb add up to its packet's payload, which
+    Packet is -1 where the skb has none. "Whole" means that the copies of one skb add up to its packet's payload, which
     no lost copy event could leave so.
     """
     copies, skb = result.copies, segments.skb
@@ -131,7 +133,7 @@ def _copy_positions(
     usable &= ~(copies["doubtful"] & (before >= np.where(packet >= 0, segments.length[packet], 0)))
     since = pick(path.time[:, rx], life, np.iinfo(np.int64).max)
     return (
-        np.where(usable, segments.flow[packet], -1),
+        np.where(usable, packet, -1),
         np.where(usable, segments.position[packet] + before, 0),
         whole,
         since,

@@ -1,106 +1,229 @@
-"""The verdict on a join: gates that need no oracle, and whether the run is trusted, degraded or refused."""
+"""The verdict on a join: gates that need no oracle, and whether the run is trusted, degraded or refused.
+
+What the gates count is a sum over packets, so the parts of a recording are counted one by one and added.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rxlab.follow import gates
 from rxlab.follow.asof import pick
-from rxlab.follow.clockfit import NAT
+from rxlab.follow.clockfit import NAT, RESIDUAL_QUANTILES, ClockMap
 from rxlab.follow.consumption import Consumption
-from rxlab.follow.kernelpath import KernelPath
-from rxlab.follow.stagetrust import doubt_text
-from rxlab.follow.status import FLAGGED, NOT_COUNTED, TCP, UDP, Evidence
+from rxlab.follow.pairing import StampPlace
+from rxlab.follow.stagetrust import doubt_text, doubtful_stages
+from rxlab.follow.status import FLAGGED, NOT_COUNTED, TCP, UDP, Evidence, pieces_with
 from rxlab.read.columns import Columns
 from rxlab.stages import STAGE_INDEX, STATUSES
 
 if TYPE_CHECKING:
-    from rxlab.follow.join import Joined
+    from rxlab.follow.join import Followed
 
 MAX_FLAGGED = 0.01
 # tcpdump runs a little longer than perf: some of a live capture's packets always lie outside.
 MAX_OUTSIDE = 0.25
 
 
-def give_verdict(joined: Joined, evidence: Evidence) -> None:
-    """Fill gates, verdict and reasons."""
-    columns, taken, matched = joined.packets, evidence.taken, evidence.matched
-    names = np.asarray(STATUSES)[columns["status"]]
-    counted = columns["is_data"] & ~np.isin(names, NOT_COUNTED)
-    flagged = counted & np.isin(names, FLAGGED)
-    n, in_doubt = int(counted.sum()), int(taken.anchors_disagree.sum())
-    windows = evidence.blind
-    consumed = (joined.time[:, STAGE_INDEX["recvmsg"]] != NAT) & (columns["payload_len"] > 0)
-    fraction = float(flagged.sum() / n) if n else 0.0
-    joined.gates = {
-        "order": _violations(int((names == "negative").sum())),
-        "ports": _violations(_wrong_ports(joined, evidence.path, matched.event)),
+@dataclass
+class Tally:
+    """Sums over packets, by which a join is judged.
+
+    Attributes
+    ----------
+    counts : dict of str to int
+        ``data`` packets, those ``counted``, ``flagged``, ``matched``, ``outside``, ``in_doubt``; those of any that are flagged
+        (``doubted``) and have a ``certain`` reader all the same; and violations by gate.
+    coverage : Columns, dims (stage,)
+    on_wire, copied : int64 arrays, dims (flow,)
+        Stream bytes of packets called consumed, and bytes that copies moved from their skbs.
+    is_tcp : bool array, dims (flow,)
+    residual : pair of int64 arrays
+        Distances (ns) of stamps from where they were expected, in order, and how many packets had each.
+    blind : int64 array, dims (window, 4)
+    blind_tasks : dict of str to int
+        Tasks whose running opened blind windows.
+    """
+
+    counts: dict[str, int]
+    coverage: Columns
+    on_wire: np.ndarray
+    copied: np.ndarray
+    is_tcp: np.ndarray
+    residual: tuple[np.ndarray, np.ndarray]
+    blind: np.ndarray
+    blind_tasks: dict[str, int]
+
+    @classmethod
+    def of(
+        cls,
+        followed: Followed,
+        flows: Columns,
+        mine: np.ndarray,
+        new: np.ndarray,
+        copies: np.ndarray,
+        blind: np.ndarray,
+    ) -> Tally:
+        """Count some packets of a part, the stamps of those that are `new`, some of its copies (masks) and blind windows."""
+        evidence, columns = followed.evidence, followed.columns
+        taken, residual = evidence.taken, followed.pairs.residual[new]
+        names = np.asarray(STATUSES)[columns["status"]]
+        counted = mine & columns["is_data"] & ~np.isin(names, NOT_COUNTED)
+        masks = {
+            "data": mine & columns["is_data"],
+            "counted": counted,
+            "flagged": counted & np.isin(names, FLAGGED),
+            "matched": counted & (evidence.matched.event >= 0),
+            "outside": mine & columns["is_data"] & (names == "outside_window"),
+            "doubted": mine & columns["is_data"] & np.isin(names, FLAGGED),
+            "certain": mine & columns["is_data"] & np.isin(names, FLAGGED) & columns["trusted"],
+            "in_doubt": mine & taken.anchors_disagree,
+            "order": mine & (names == "negative"),
+            "ports": mine & _wrong_ports(columns, flows, evidence),
+            "calls": mine & _misfit_calls(columns, taken, evidence.largest_call),
+            "causal": mine & _late_stamps(followed),
+        }
+        consumed = mine & followed.rows.seen("recvmsg") & (columns["payload_len"] > 0) & (columns["proto"] == TCP)
+        from_flow = pick(columns["flow"], taken.copied_from, -1)[copies]
+        moved = taken.copies["len"][copies][from_flow >= 0] if len(from_flow) else None
+        return cls(
+            {name: int(mask.sum()) for name, mask in masks.items()},
+            _coverage(followed, mine),
+            _new_bytes(columns, np.flatnonzero(consumed & (columns["flow"] >= 0)), evidence.so_far.read, flows.n),
+            np.bincount(from_flow[from_flow >= 0], weights=moved, minlength=flows.n).astype(np.int64),
+            flows["proto"] == TCP,
+            np.unique(residual[residual != NAT], return_counts=True),
+            blind,
+            gates.blind_tasks(evidence.events, blind),
+        )
+
+    def add(self, other: Tally) -> None:
+        """Add what another part counted."""
+        for name, count in other.counts.items():
+            self.counts[name] += count
+        self.coverage = Columns({name: self.coverage[name] + other.coverage[name] for name in self.coverage})
+        self.on_wire, self.copied = self.on_wire + other.on_wire, self.copied + other.copied
+        values = np.concatenate((self.residual[0], other.residual[0]))
+        found, inverse = np.unique(values, return_inverse=True)
+        weights = np.concatenate((self.residual[1], other.residual[1]))
+        self.residual = found, np.bincount(inverse, weights=weights, minlength=len(found)).astype(np.int64)
+        self.blind = np.concatenate((self.blind, other.blind))
+        for task, count in other.blind_tasks.items():
+            self.blind_tasks[task] = self.blind_tasks.get(task, 0) + count
+
+    def quantile(self, q: float) -> float:
+        """Return a quantile of the residuals, by linear interpolation."""
+        values, counts = self.residual
+        last = np.cumsum(counts) - 1
+        at = q * float(last[-1])
+        low, high = (values[np.searchsorted(last, edge)] for edge in (np.floor(at), np.ceil(at)))
+        return float(low + (high - low) * (at - np.floor(at)))
+
+
+def clock_told(clock: ClockMap, place: StampPlace, tally: Tally) -> ClockMap:
+    """Return the clock map with where the stamps were taken, and how far they lay from their events."""
+    quantiles = {q: tally.quantile(q) for q in RESIDUAL_QUANTILES} if len(tally.residual[0]) else {}
+    return replace(clock, stamp_position=place.position, stamp_evidence=place.evidence, residual=quantiles)
+
+
+def _new_bytes(columns: Columns, rows: np.ndarray, before: Columns, n_flows: int) -> np.ndarray:
+    """Return for each flow how many bytes of its stream some packets brought beyond the pieces counted before."""
+    after = pieces_with(before, columns, rows)
+    # Exact: sums of integers below 2**53.
+    sums = [np.bincount(p["flow"], weights=p["end"] - p["begin"], minlength=n_flows) for p in (after, before)]
+    return (sums[0] - sums[1]).astype(np.int64)
+
+
+def _coverage(followed: Followed, mine: np.ndarray) -> Columns:
+    """Count per stage: expected, seen, and why the rest is missing."""
+    required, time, columns = followed.required[mine], followed.rows.time[mine], followed.columns.take(mine)
+    seen, status = time != NAT, columns["status"]
+    counts = {"expected": required, "matched": required & seen, "seen": seen}
+    for code, name in enumerate(STATUSES):
+        counts[name] = required & ~seen & (status == code)[:, None]
+    sums = {name: count.sum(axis=0).astype(np.int64) for name, count in counts.items()}
+    return Columns({**sums, "doubtful": doubtful_stages(required, time, columns)})
+
+
+def give_verdict(
+    tally: Tally, clock: ClockMap, lost: int, damage: tuple[str, ...] = ()
+) -> tuple[dict[str, Any], str, list[str]]:
+    """Return the gates, the verdict and its reasons.
+
+    Parameters
+    ----------
+    tally : Tally
+    clock : ClockMap
+    lost : int
+        Events perf reported as lost.
+    damage : tuple of str
+        What is known to be missing from the files themselves: a capture or a recording that was cut.
+    """
+    counts, windows = tally.counts, tally.blind
+    n, flagged = counts["counted"], counts["flagged"]
+    fraction = float(flagged / n) if n else 0.0
+    told: dict[str, Any] = {
+        "order": _violations(counts["order"]),
+        "ports": _violations(counts["ports"]),
         # Rows whose stream or queue position is in doubt are flagged each; only many of them say that the run is.
-        "anchors": {"ok": in_doubt <= MAX_FLAGGED * n, "violations": in_doubt},
-        "calls": _violations(_misfit_calls(columns, taken)),
-        "bytes": gates.byte_sums(columns, consumed, columns["proto"] == TCP, taken.bytes_copied),
-        "lost": _violations(evidence.lost),
+        "anchors": {"ok": counts["in_doubt"] <= MAX_FLAGGED * n, "violations": counts["in_doubt"]},
+        "calls": _violations(counts["calls"]),
+        "bytes": gates.byte_sums(tally.on_wire, tally.copied, tally.is_tcp),
+        "lost": _violations(lost),
         # What the fit says of itself: a floor too sparse to carry it, a stamp whose place cannot be known.
-        "clock": {**_violations(len(joined.clock.flags)), "flags": list(joined.clock.flags)},
-        "causal": _violations(_late_stamps(joined, evidence)),
+        "clock": {**_violations(len(clock.flags)), "flags": list(clock.flags)},
+        "causal": _violations(counts["causal"]),
         "blind": {
             "ok": True,
             "violations": len(windows),
             "window_ns": int((windows[:, 3] - windows[:, 2]).sum()),
-            "tasks": gates.blind_tasks(evidence.events, windows),
+            "tasks": dict(sorted(tally.blind_tasks.items(), key=lambda item: -item[1])),
         },
-        "window": _window_gate(columns["is_data"], names),
+        # More than the edges of a run says that perf stopped.
+        "window": {"ok": counts["outside"] <= MAX_OUTSIDE * counts["data"], "violations": counts["outside"]},
         # A software stamp is taken inside netif_rx or at the tap. One that is neither is not this capture's clock.
-        "stamp": _violations(int(joined.clock.method == "readings" and joined.clock.stamp_position == "nic")),
-        "flagged": {"ok": fraction <= MAX_FLAGGED, "violations": int(flagged.sum()), "fraction": fraction},
+        "stamp": _violations(int(clock.method == "readings" and clock.stamp_position == "nic")),
+        "flagged": {"ok": fraction <= MAX_FLAGGED, "violations": flagged, "fraction": fraction},
     }
     if not n:
-        joined.verdict, joined.reasons = "refused", ["no data packets were received while perf was recording"]
-    elif joined.clock.stamp_position == "unknown" or (matched.event[counted] >= 0).mean() < 0.5:
-        joined.verdict = "refused"
-        joined.reasons = ["fewer than half of the captured data packets were found in the kernel's events"]
+        verdict, reasons = "refused", ["no data packets were received while perf was recording"]
+    elif clock.stamp_position == "unknown" or counts["matched"] / n < 0.5:
+        verdict = "refused"
+        reasons = ["fewer than half of the captured data packets were found in the kernel's events"]
     else:
-        failed = [name for name, gate in joined.gates.items() if not gate["ok"]]
-        joined.verdict = "degraded" if failed or evidence.damage else "trusted"
-        joined.reasons = [f"{name}: {joined.gates[name]['violations']} violations" for name in failed]
-    if joined.verdict == "degraded":
-        joined.reasons += doubt_text(columns, joined.coverage, joined.verdict)
-    joined.reasons += evidence.damage
-
-
-def _window_gate(is_data: np.ndarray, names: np.ndarray) -> dict[str, Any]:
-    """Judge how many data packets came while perf was not recording: more than the edges of a run says it stopped."""
-    outside = int((is_data & (names == "outside_window")).sum())
-    return {"ok": outside <= MAX_OUTSIDE * int(is_data.sum()), "violations": outside}
-
-
-def _late_stamps(joined: Joined, evidence: Evidence) -> int:
-    """Count NIC stamps that come after the first event of their own packet: a wrong pair, or a clock beyond its bound."""
-    nic, skb = joined.time[:, STAGE_INDEX["nic"]], evidence.matched.event
-    first = pick(evidence.path.first_event(), skb, NAT)
-    return int(((nic != NAT) & (nic > first + evidence.clock.bound_ns)).sum())
+        failed = [name for name, gate in told.items() if not gate["ok"]]
+        verdict = "degraded" if failed or damage else "trusted"
+        reasons = [f"{name}: {told[name]['violations']} violations" for name in failed]
+    if verdict == "degraded":
+        reasons += doubt_text(counts["doubted"], counts["certain"], tally.coverage)
+    return told, verdict, reasons + list(damage)
 
 
 def _violations(count: int) -> dict[str, Any]:
     return {"ok": count == 0, "violations": count}
 
 
-def _wrong_ports(joined: Joined, path: KernelPath, skb: np.ndarray) -> int:
-    """Count TCP packets whose tcp_probe names other ports than the packet has; sport is the local socket's."""
-    flow = joined.packets["flow"]
+def _late_stamps(followed: Followed) -> np.ndarray:
+    """Tell which NIC stamps come after the first event of their own packet: a wrong pair, or a clock beyond its bound."""
+    evidence = followed.evidence
+    nic = followed.rows.time[:, STAGE_INDEX["nic"]]
+    first = pick(evidence.path.first_event(), evidence.matched.event, NAT)
+    return (nic != NAT) & (nic > first + evidence.clock.bound_ns)
+
+
+def _wrong_ports(columns: Columns, flows: Columns, evidence: Evidence) -> np.ndarray:
+    """Tell which TCP packets' tcp_probe names other ports than the packet has; sport is the local socket's."""
+    flow, skb, path = columns["flow"], evidence.matched.event, evidence.path
     local, peer = pick(path.columns["sport"], skb, -1), pick(path.columns["dport"], skb, -1)
     seen = (local >= 0) & (flow >= 0) & (skb >= 0)
-    row = np.maximum(flow, 0)
-    if not joined.flows.n:
-        return 0
-    wrong = (joined.flows["dport"][row] != local) | (joined.flows["sport"][row] != peer)
-    return int((wrong & seen).sum())
+    return seen & ((pick(flows["dport"], flow, 0) != local) | (pick(flows["sport"], flow, 0) != peer))
 
 
-def _misfit_calls(packets: Columns, taken: Consumption) -> int:
-    """Count packets whose call does not fit them: a datagram's length, a segment's copies, the order of both.
+def _misfit_calls(packets: Columns, taken: Consumption, largest: int) -> np.ndarray:
+    """Tell which packets are joined to a call that does not fit them: a datagram's length, a segment's copies, the order of both.
 
     A copy belongs to the call that follows it in its task, a call returns one datagram, and a stream is copied in its order.
     """
@@ -108,7 +231,7 @@ def _misfit_calls(packets: Columns, taken: Consumption) -> int:
     returned = pick(taken.receives["ret"].astype(np.int64), taken.receive, 0)
     is_udp, length = claimed & (packets["proto"] == UDP), packets["payload_len"]
     # A short buffer cuts datagrams to its own size, the largest that any call returns.
-    misfit = is_udp & ((returned > length) | ((returned < length) & (returned < returned[is_udp].max(initial=0))))
+    misfit = is_udp & ((returned > length) | ((returned < length) & (returned < returned[is_udp].max(initial=largest))))
     calls, count = np.unique(taken.receive[is_udp], return_counts=True)
     misfit |= is_udp & np.isin(taken.receive, calls[count > 1])
     copied = claimed & (taken.last_copy >= 0) & ~taken.anchors_disagree
@@ -119,4 +242,4 @@ def _misfit_calls(packets: Columns, taken: Consumption) -> int:
     back = (packets["flow"][rows][1:] == packets["flow"][rows][:-1]) & (rank[1:] < rank[:-1])
     misfit[rows[1:][back]] = True
     misfit[rows[:-1][back]] = True
-    return int(misfit.sum())
+    return misfit

@@ -50,3 +50,13 @@ class Columns(Mapping[str, np.ndarray]):
     def with_columns(self, **arrays: np.ndarray) -> Columns:
         """Return the same columns with some added or replaced."""
         return Columns({**self._arrays, **arrays}, self.attrs)
+
+    def followed_by(self, other: Columns) -> Columns:
+        """Return these rows and the `other`'s after them, in the columns of these; attributes are the other's."""
+        return Columns(
+            {
+                name: np.concatenate((array, other[name].astype(array.dtype, copy=False)))
+                for name, array in self.items()
+            },
+            other.attrs,
+        )

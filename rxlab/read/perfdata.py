@@ -84,6 +84,11 @@ class PerfData:
         self._decoded.update(columns)
         self.meta["missing_values"] = self.meta.get("missing_values", 0) + short
 
+    def samples(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return CPU and time (ns) of all samples in order, without decoding any field."""
+        order = np.argsort(self._index.rank)
+        return self._index.cpu[order], self._index.time[order]
+
     def load(self) -> PerfData:
         """Decode every event now, in one pass over the file, and return self."""
         self._decode(self._names())

@@ -1,0 +1,143 @@
+"""Captured packets <-> skbs: where the stamp was taken, and the windows for the match that follow from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rxlab.follow.asof import AsOf, pick
+from rxlab.follow.clockfit import NAT, ClockMap
+from rxlab.follow.hidden import Hidden
+from rxlab.follow.kernelpath import KernelPath
+from rxlab.follow.match import STALL_NS, TOLERANCE_NS, Matched, classify_stamp, match_by_flow
+from rxlab.read.columns import Columns
+from rxlab.stages import PATH_KINDS, STAGE_INDEX
+
+_RX = STAGE_INDEX["netif_receive_skb"]
+# How long after netif_receive_skb a tap stamps at most where lost events leave it open.
+LOSSY_TAP_NS = 20_000
+
+
+def tolerance_of(clock: ClockMap) -> int:
+    """Return by how much a stamp and an event's time may disagree, ns."""
+    return max(TOLERANCE_NS, int(clock.bound_ns))
+
+
+@dataclass(frozen=True)
+class StampPlace:
+    """Where a capture's stamps were taken (:func:`rxlab.follow.match.classify_stamp`), and whether its driver is seen."""
+
+    position: str
+    evidence: dict[str, float]
+    has_driver: bool
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Packets <-> skbs.
+
+    Attributes
+    ----------
+    matched : Matched
+    place : StampPlace
+    residual : int64 array, dims (packet,), nanoseconds
+        Stamp less the instant it was expected at, NaT where unmatched or matched before.
+    """
+
+    matched: Matched
+    place: StampPlace
+    residual: np.ndarray
+
+
+def pair_packets(
+    path: KernelPath,
+    received: Columns,
+    stamp: np.ndarray,
+    clock: ClockMap,
+    lossy: Hidden,
+    known: Matched | None = None,
+    place: StampPlace | None = None,
+) -> Pairs:
+    """Match packets to skbs in the windows that follow from where the stamp was taken.
+
+    Parameters
+    ----------
+    path : KernelPath
+    received : Columns
+    stamp : int64 array, dims (packet,), nanoseconds of CLOCK_MONOTONIC
+    clock : ClockMap
+    lossy : Hidden
+    known : Matched, optional
+        Pairs made before (event -2: this packet is to be matched); their packets and skbs are taken.
+    place : StampPlace, optional
+        Where the stamps were taken, when an earlier part of the recording has told.
+    """
+    columns = path.columns
+    rx_time, drv_time = path.time[:, _RX], path.time[:, STAGE_INDEX["driver_rx"]]
+    has_driver = drv_time != NAT
+    sees_driver = bool(has_driver.any()) if place is None else place.has_driver
+    # netif_receive_skb sees the skb above its MAC header, and without the VLAN tag that the NIC took off and libpcap puts
+    # back; a tag that the NIC left (the outer one of two, often) is still in it. The driver's event says which it is.
+    tag = np.where((received["vlan"] >= 0) & (not sees_driver), 4, 0)
+    length = received["wire_len"].astype(np.int64) - 14 - tag
+    skb_len = columns["len"] + 4 * (columns["vlan_tagged"] > 0)
+    if place is None:
+        span = columns["stamp_high"] - drv_time
+        driver = (drv_time[has_driver], span[has_driver], skb_len[has_driver])
+        position, evidence = classify_stamp(stamp, length, *driver, rx_time, skb_len)
+        # The readings say whose stamp it is: however soon the kernel follows, it is the NIC's.
+        position = "nic" if clock.method == "cross_stamps" else position
+        place = StampPlace(position, evidence, sees_driver)
+    low, high, expected = _stamp_windows(path, place.position, tolerance_of(clock), lossy)
+    # Two queues' polls overlap: what one driver got first it may hand up last. Each such window ends where its skb goes on.
+    overtaking = has_driver if place.position == "bracket" else np.zeros(len(has_driver), bool)
+    event = np.full(received.n, -2, np.int64) if known is None else known.event.copy()
+    ambiguous = np.zeros(received.n, bool) if known is None else known.ambiguous.copy()
+    packets, free = np.flatnonzero(event == -2), np.ones(len(rx_time), bool)
+    free[event[event >= 0]] = False
+    skbs = np.flatnonzero(free)
+    found = match_by_flow(
+        stamp[packets], length[packets], low[skbs], high[skbs], skb_len[skbs], expected[skbs],
+        overtaking[skbs] if place.position == "bracket" else None,
+        received["directed_flow"][packets], columns["hash"][skbs], may_miss=lossy.any,
+    )  # fmt: skip
+    event[packets] = pick(skbs, found.event, -1)
+    ambiguous[packets] = found.ambiguous
+    residual = np.full(received.n, NAT, np.int64)
+    fresh = packets[event[packets] >= 0]
+    residual[fresh] = stamp[fresh] - expected[event[fresh]]
+    return Pairs(Matched(event, ambiguous), place, residual)
+
+
+def _stamp_windows(
+    path: KernelPath, position: str, tolerance: int, lossy: Hidden
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return for each skb the earliest and the latest stamp its packet can have, and the one expected."""
+    columns = path.columns
+    rx_time, drv_time = path.time[:, _RX], path.time[:, STAGE_INDEX["driver_rx"]]
+    has_driver = drv_time != NAT
+    if position == "bracket":
+        low = np.where(has_driver, columns["stamp_low"] - tolerance, rx_time - STALL_NS)
+        high = np.where(has_driver, columns["stamp_high"] + tolerance, rx_time + tolerance)
+        # GRO hands up, and stamps, at the end of a poll; a packet that was not moved enters the stack right after.
+        is_napi = columns["path_kind"] == PATH_KINDS.index("napi")
+        return low, high, np.where(has_driver & ~is_napi, columns["stamp_low"], rx_time)
+    if position == "tap":
+        return rx_time - tolerance, _tap_limit(path, lossy) + tolerance, rx_time
+    first = path.first_event()
+    return first - STALL_NS, first + tolerance, first
+
+
+def _tap_limit(path: KernelPath, lossy: Hidden) -> np.ndarray:
+    """Return until when a tap stamp of each skb can come: before the CPU's next skb, and before its own next stage."""
+    rx_time, cpu, rank = path.time[:, _RX], path.cpu[:, _RX], path.rank[:, _RX]
+    index = AsOf(rank, cpu)
+    following = index.first_after(rank, cpu)
+    limit = np.where(following >= 0, rx_time[np.maximum(following, 0)], rx_time + STALL_NS)
+    for stage in ("tcp_rcv", "data_ready"):
+        time = path.time[:, STAGE_INDEX[stage]]
+        limit = np.where(time != NAT, np.minimum(limit, time), limit)
+    # Where the next events may be missing they limit nothing.
+    limit = np.where(lossy.touch(rx_time, limit, cpu), np.minimum(limit, rx_time + LOSSY_TAP_NS), limit)
+    return np.minimum(limit, rx_time + STALL_NS)
