@@ -70,7 +70,7 @@ def test_a_lossy_world_says_which_packets_and_which_stages() -> None:
     assert word["copy"] == "degraded"
     assert word["softirq"] == "not_required"
     assert any("in doubt are" in reason and "copy" in reason for reason in joined.reasons)
-    table = tree.rx.hops()
+    table = stats.quantile_table(tree)
     used, left = table.attrs["packets_used"], stats.left_out(packets)
     assert used + sum(left.values()) == int(packets["is_data"].sum())
     assert f"{left['lost']} lost" in table.attrs["left_out"]

@@ -56,20 +56,15 @@ def _fell_asleep(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return when and where the reader went to sleep that the packet's switch-in ended; NaT and -1 where it did not sleep.
 
-    The last switch away from it before that switch-in, if it was a sleep and no preemption, with nothing of the task missing
-    between: a switch-in in between that nothing ended says that a switch away was not seen. (Where perf delivered nothing for whole
-    turns of a task the chain of switches is unbroken, and that cannot be noticed.)
+    The last switch away from it before that switch-in, if it was a sleep and no preemption. Nothing is said across a window in
+    which a switch may be missing. (Where perf delivered nothing for whole turns of a task the chain of switches is unbroken, and
+    that cannot be noticed.)
     """
     switch = event_columns(events, "sched:sched_switch")
-    away, back = task_ids(switch, "prev_pid"), task_ids(switch, "next_pid")
-    arrived = np.where(rows.rank[:, _SWITCH] >= 0, rows.rank[:, _SWITCH], -1)
-    leaves, comes = AsOf(switch["rank"], away), AsOf(switch["rank"], back)
-    left = leaves.last_before(arrived, tid)
-    left_rank = leaves.rank_of(left, -1)
-    came_between = comes.rank_of(comes.last_before(arrived, tid), -1) > left_rank
-    time = pick(switch["time"], left, NAT)
-    slept = (left >= 0) & pick(sleeps(switch), left, 0).astype(bool) & ~came_between
-    slept &= ~hidden.touch(time, rows.time[:, _SWITCH])
+    leaves = AsOf(switch["rank"], task_ids(switch, "prev_pid"))
+    left = leaves.last_before(rows.rank[:, _SWITCH], tid)
+    slept = (left >= 0) & pick(sleeps(switch), left, 0).astype(bool)
+    slept &= ~hidden.touch(pick(switch["time"], left, NAT), rows.time[:, _SWITCH])
     left = np.where(slept, left, -1)
     return pick(switch["time"], left, NAT), pick(switch["cpu"], left, -1).astype(np.int16)
 
@@ -111,8 +106,9 @@ def _last_read(rows: StageTable, socket: np.ndarray, receives: Columns, hidden: 
     That is where RFS wants the packet: every receive call writes its CPU to the flow's entry of ``rps_sock_flow_table``
     (``sock_rps_record_flow`` in ``inet_recvmsg``, net/ipv4/af_inet.c), and ``get_rps_cpu`` reads it as the driver hands the packet up.
     """
-    steered = np.where(rows.rank[:, _DRIVER] >= 0, rows.rank[:, _DRIVER], rows.rank[:, _RX])
-    time = np.where(rows.rank[:, _DRIVER] >= 0, rows.time[:, _DRIVER], rows.time[:, _RX])
+    # Where the driver's event was recorded, a packet that lacks it was steered nobody knows when.
+    at = _DRIVER if (rows.rank[:, _DRIVER] >= 0).any() else _RX
+    steered, time = rows.rank[:, at], rows.time[:, at]
     if not receives.n or "sk" not in receives:
         return np.full(len(steered), -1, np.int16)
     index = AsOf(receives["rank"], receives["sk"].astype(np.uint64))

@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 
 from rxlab.dataset import stats
+from rxlab.dataset.accessor import RunAccessor
 from rxlab.errors import RxlabError, UsageError
 from rxlab.show.style import microseconds
 
@@ -41,7 +42,7 @@ def slowest_packets(tree: xr.DataTree, n: int) -> str:
     if n < 1:
         raise UsageError("no number of packets", where="--slowest", found=str(n), expected="1 or more")
     packets_of(tree)
-    found = tree.rx.slowest(n)
+    found = RunAccessor(tree).slowest(n)
     lines = [f"{'frame':>9} {'total':>10}  the hop that made it slow"]
     for at in range(found.sizes["packet"]):
         one = found.isel(packet=at)

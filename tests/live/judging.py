@@ -21,6 +21,7 @@ from rxlab.stages import ATTRIBUTIONS, READER_KINDS, STATUSES
 
 # Readers whose every receive call waits for a message, and takes it whole.
 BLOCKING = ("builtin", "recvfrom", "read", "readv", "recvmsg")
+LABELLED = 0.9  # share of the trusted packets whose way of reading is said: not near windows of loss
 HIDDEN = ("blind", "lost")  # perf did not deliver their events, and the run says so
 
 
@@ -125,6 +126,9 @@ def labels_against(scenario: Scenario, joined: Joined, log: np.ndarray, call: np
     told = np.asarray(READER_KINDS)[packets["reader_kind"][packets["trusted"]]]
     other = "syscall" if scenario.reader == "io_uring" else "io_uring"
     found = [f"{int((told == other).sum())} of {len(told)} read by {other}"] if (told == other).any() else []
+    right = "io_uring" if scenario.reader == "io_uring" else "syscall"
+    if (told == right).mean() < LABELLED:
+        found.append(f"{int((told == right).sum())} of {len(told)} said to be read by {right}")
     if scenario.reader in BLOCKING and scenario.size < MSS:
         # A blocking reader sleeps inside the call that returned the packet that woke it.
         own = packets["attribution"] == ATTRIBUTIONS.index("own_wake")
