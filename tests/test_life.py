@@ -96,9 +96,20 @@ def test_a_drop_is_told_with_its_last_stage_and_the_kernels_reason() -> None:
     joined = make_joined(20, lost_rows=[3])
     joined.packets["status"][3] = STATUSES.index("dropped")
     joined.packets["drop_reason"][3] = 1
-    shown = packet_life(store.build(joined, run=make_run(), host=make_host()), 4)
+    tree = store.build(joined, run=make_run(), host=make_host())
+    shown = packet_life(tree, 4)
     assert "status dropped, not trusted" in shown
-    assert "DROPPED after tcp_rcv: the kernel freed it and said SOCKET_RCVBUFF" in shown
+    told = "DROPPED after tcp_rcv: the kernel freed it and said SOCKET_RCVBUFF (kfree_skb, net/core/skbuff.c)"
+    assert told in shown
+    # Its skb's address is freed before, by an earlier packet, and after, by a later one.
+    at, address = int(joined.time[3, STAGE_INDEX["tcp_rcv"]]), int(joined.packets["skb"][3])
+    freed = Columns(
+        {
+            "time": at + np.array([-5_000, 700, 1_500, 9_000]), "cpu": np.array([1, 1, 0, 1], np.int32), "tid": np.array([5, 6, SENDER, 7]),
+            "rank": np.arange(4), "skbaddr": np.array([address, address + 256, address, address], np.uint64),
+        }
+    )  # fmt: skip
+    assert f"{told}, 1.50 µs later on cpu 0 in tid {SENDER}" in packet_life(tree, 4, {"skb:kfree_skb": freed})
 
 
 def test_a_packet_of_which_nothing_was_seen_is_shown_with_its_status() -> None:

@@ -120,7 +120,7 @@ def packet_life(tree: xr.DataTree, frame: int, events: Mapping[str, Columns] | N
     lines = [*_head(tree, everything, packets, frame), ""]
     if int(packets["t0_stage"]) < 0 or np.isnat(packets["time"].values).all():
         return "\n".join(
-            [*lines, *_end(everything, packets, ""), "No stage of this packet was seen: the status says why."]
+            [*lines, *_end(tree, packets, "", events), "No stage of this packet was seen: the status says why."]
         )
     hops = packet_hops(tree, row, events)
     cost = event_cost(events) if events else float("nan")
@@ -134,7 +134,7 @@ def packet_life(tree: xr.DataTree, frame: int, events: Mapping[str, Columns] | N
             f"{microseconds(hop.since_ns):>12} {microseconds(hop.latency_ns):>10} {_cost(hop, cost) if number else '':>10}  "
             f"{hop.cpu:>3}  {hop.stage:<18} {hop.task:<{width}} {stage.function} ({stage.source})"
         )
-    lines += _end(everything, packets, hops[-1].stage)
+    lines += _end(tree, packets, hops[-1].stage, events)
     return "\n".join([*lines, "", _cost_words(hops, cost)])
 
 
@@ -205,13 +205,33 @@ def _word(everything: xr.Dataset, packets: xr.Dataset, name: str) -> str:
     return schema.meanings(everything[name]).get(int(packets[name]), "?")
 
 
-def _end(everything: xr.Dataset, packets: xr.Dataset, last: str) -> list[str]:
-    """Return how a packet that nobody read ended: its last stage, and the kernel's reason."""
+def _end(tree: xr.DataTree, packets: xr.Dataset, last: str, events: Mapping[str, Columns] | None) -> list[str]:
+    """Return how a packet that nobody read ended: its last stage, the kernel's reason, and when and where it freed the skb."""
+    everything = packets_of(tree)
     if _word(everything, packets, "status") != "dropped":
         return []
     reason = _word(everything, packets, "drop_reason") if "drop_reason" in packets else "?"
     after = f"after {last}" if last else "before any stage that was seen"
-    return [f"{'DROPPED':>12} {after}: the kernel freed it and said {reason} (kfree_skb, net/core/skbuff.c)"]
+    return [
+        f"{'DROPPED':>12} {after}: the kernel freed it and said {reason} (kfree_skb, net/core/skbuff.c)"
+        f"{_freed_at(tree, packets, last, events or {})}"
+    ]
+
+
+def _freed_at(tree: xr.DataTree, packets: xr.Dataset, last: str, events: Mapping[str, Columns]) -> str:
+    """Return when, where and by whom a dropped packet's skb was freed, empty where the recording is not at hand."""
+    freed = event_columns(events, "skb:kfree_skb")
+    if not last or "skbaddr" not in freed:
+        return ""
+    offset = int(tree["clocks"].to_dataset()["axis_offset"])
+    since = int(packets["time"].values[STAGE_INDEX[last]].view(np.int64)) - offset
+    rows = np.flatnonzero((freed["skbaddr"].astype(np.uint64) == np.uint64(packets["skb"])) & (freed["time"] >= since))
+    if not len(rows):
+        return ""
+    row = rows[np.argmin(freed["time"][rows])]
+    cpu = int(freed["cpu"][row])
+    who = TaskNames(events).label(int(freed["tid"][row]), cpu)
+    return f", {microseconds(float(freed['time'][row] - since))} later on cpu {cpu} in {who}"
 
 
 def _cost(hop: Hop, cost: float) -> str:

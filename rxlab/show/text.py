@@ -64,6 +64,7 @@ def verification_text(result: Mapping[str, Any]) -> str:
         f"data packets       {result['data_packets']}",
         f"complete           {result['complete']:.4f}",
         f"flagged            {result['flagged']}",
+        f"trusted            {result['trusted']}",
     ]
     if result["misjoined"] is None:
         lines.append("misjoined          not checked: the run has no app.log")
