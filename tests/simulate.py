@@ -73,8 +73,13 @@ class Recipe:
         Readers, the first ones, that receive by io_uring: each call is followed by its completion.
     peek, polling : bool
         Readers look with MSG_PEEK before they read; ask again when there is nothing instead of sleeping.
+    lock_every : int
+        In every such call the reader waits, uninterruptibly, between its copies and its return (TCP: a UDP
+        call shows its return only); 0: never.
     drop_share, repeat_share, swap_share : float
-        Packets the socket drops (kfree_skb with a reason); retransmitted though delivered; swapped with their successor (TCP).
+        Packets the socket drops (kfree_skb with a reason); retransmitted though delivered; overtaken by their successors (TCP).
+    swap_depth : int
+        How many successors overtake such a packet.
     gro : int
         Segments of every TCP packet, merged by GRO before the tap.
     blind : tuples of (cpu, first ns, last ns)
@@ -105,6 +110,8 @@ class Recipe:
     drop_share: float = 0.0
     repeat_share: float = 0.0
     swap_share: float = 0.0
+    swap_depth: int = 1
+    lock_every: int = 0
     gro: int = 1
     blind: tuple[tuple[int, int, int], ...] = ()
     lost_share: float = 0.0
@@ -193,13 +200,8 @@ def _wire(told: Recipe, rng: np.random.Generator) -> list[_Packet]:
             packet.fate = "dropped"
         packets.append(packet)
         last[flow] = packet
-        if told.is_tcp and told.flows == 1 and i and chance[2][i] < told.swap_share and packet.head < 0:
-            earlier = packets[-2]
-            if earlier.head < 0 and earlier.fate == "read" and not earlier.is_swapped:
-                packet.seq = earlier.seq
-                earlier.payload, packet.payload = packet.payload, earlier.payload
-                earlier.seq = (packet.seq + packet.payload) % 2**32
-                earlier.is_swapped = packet.is_swapped = True
+        if told.is_tcp and told.flows == 1 and i > told.swap_depth and chance[2][i] < told.swap_share:
+            _delay_first(packets[-1 - told.swap_depth :])
         if told.is_tcp and chance[3][i] < told.repeat_share and packet.head < 0 and not told.swap_share:
             again = _Packet(
                 len(packets), flow, socket, packet.seq, packet.payload, "duplicate", arrival=clock + 150_000
@@ -214,6 +216,15 @@ def _wire(told: Recipe, rng: np.random.Generator) -> list[_Packet]:
     return packets
 
 
+def _delay_first(run: list[_Packet]) -> None:
+    """Let the first of some packets of a stream arrive last; not where any of them is merged, no data, or displaced already."""
+    if any(packet.head >= 0 or packet.fate != "read" or packet.is_swapped for packet in run):
+        return
+    content = [(packet.seq, packet.payload) for packet in run]
+    for packet, (seq, payload) in zip(run, content[1:] + content[:1], strict=True):
+        packet.seq, packet.payload, packet.is_swapped = seq, payload, True
+
+
 def _stack(log: _Log, told: Recipe, packets: list[_Packet]) -> None:
     """Let every packet through driver, RPS and protocol: fills ready, stamp and the stages up to data_ready."""
     cpu = 1 if told.rps else 0
@@ -221,6 +232,7 @@ def _stack(log: _Log, told: Recipe, packets: list[_Packet]) -> None:
     header = 52 if told.is_tcp else 28
     grown: dict[int, int] = defaultdict(int)
     reached: dict[int, int] = {}
+    waiting: dict[int, int] = {}
     for packet in packets:
         grown[packet.head if packet.head >= 0 else packet.number] += packet.payload
     for packet in packets:
@@ -258,10 +270,11 @@ def _stack(log: _Log, told: Recipe, packets: list[_Packet]) -> None:
             end = rx + 2600
         packet.ready = end + 400
         in_order = not told.swap_share or packet.seq == reached.get(packet.flow, packet.seq)
-        if told.swap_share and in_order and packet.fate == "read":
-            ahead = packets[packet.number - 1]
-            filled = ahead.flow == packet.flow and ahead.seq == (packet.seq + packet.payload) % 2**32
-            reached[packet.flow] = ((ahead.seq + ahead.payload) if filled else (packet.seq + packet.payload)) % 2**32
+        if told.swap_share and packet.fate == "read":
+            waiting[packet.seq] = (packet.seq + packet.payload) % 2**32
+            at = packet.seq if in_order else None
+            while at in waiting:
+                at = reached[packet.flow] = waiting.pop(at)
         if packet.fate == "dropped":
             log.add("skb:kfree_skb", end, cpu, OTHER, skbaddr=packet.address, reason=DROP_REASON)
         elif (
@@ -287,6 +300,7 @@ class _Readers:
         self.left_cpu: dict[int, dict[str, Any]] = {}
         self.came: dict[int, dict[str, Any]] = {}
         self.slept: dict[int, dict[str, Any]] = {}
+        self.calls = 0
         self.heap: list[tuple[int, int, int, int]] = []
         for task in self.asleep:
             self._switch(START, task, out=True)
@@ -319,12 +333,6 @@ class _Readers:
                 stream = sorted(held[packet.flow], key=lambda one: (one.seq - members[0].seq + 2**31) % 2**32)
                 if wanted.get(packet.flow, packet.seq) != stream[0].seq and packet.flow in wanted:
                     continue
-                ahead = self.packets[packet.number + 1 :][:1]
-                is_early = (
-                    ahead and ahead[0].flow == packet.flow and (ahead[0].seq + ahead[0].payload) % 2**32 == packet.seq
-                )
-                if is_early and packet.flow not in wanted:
-                    continue
                 members, held[packet.flow] = stream, []
                 wanted[packet.flow] = (members[-1].seq + members[-1].payload) % 2**32
             self.batches.append((members, packet))
@@ -340,7 +348,7 @@ class _Readers:
             return list(range(self.told.readers))
         return [socket % self.told.readers]
 
-    def _switch(self, time: int, task: int, *, out: bool) -> None:
+    def _switch(self, time: int, task: int, *, out: bool, state: int = 1) -> None:
         tid, cpu = READER + task, 1 + task
         pair = (tid, SPINNER) if out else (SPINNER, tid)
         name = b"spinner" if out else b"reader"
@@ -352,7 +360,7 @@ class _Readers:
             prev_pid=pair[0],
             next_pid=pair[1],
             next_comm=name,
-            prev_state=int(out),
+            prev_state=state if out else 0,
         )
         if out:
             self.left_cpu[task] = row
@@ -380,6 +388,8 @@ class _Readers:
         since = self.asleep.pop(task)
         head = self.packets[waker.head] if waker.head >= 0 else waker
         wake = max(head.ready + 700, since + 100)
+        if wake > head.ready + 700:  # asleep only since then: it was not this packet's data_ready that woke it
+            cpu = 1 + task
         target = {"field_pid": READER + task}
         waking = self.log.add("sched:sched_waking", wake, cpu, OTHER, **target)
         wakeup = self.log.add("sched:sched_wakeup", wake + 900, cpu, OTHER, **target)
@@ -426,6 +436,11 @@ class _Readers:
                 self.left -= 1
             if not tcp:
                 break
+        self.calls += 1
+        if self.told.lock_every and self.calls % self.told.lock_every == 0:
+            self._switch(now + 200, task, out=True, state=2)
+            now += 5_000
+            self._switch(now + 300, task, out=False)
         row = self._return(now + 600, task, socket, self.told.read_size - room, 0)
         if task < self.told.rings:
             self.log.add(

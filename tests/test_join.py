@@ -73,8 +73,8 @@ def worlds(draw: st.DrawFn) -> dict[str, Any]:
         recipe |= {
             "merge": {"merge_share": 0.3, "behind_ack": draw(st.booleans())},
             "flows": {"flows": 4, "readers": draw(st.sampled_from([1, 2]))},
-            "swap": {"swap_share": 0.1, "repeat_share": 0.05},
-            "plain": {},
+            "swap": {"swap_share": 0.1, "repeat_share": 0.05, "swap_depth": draw(st.sampled_from([1, 3]))},
+            "plain": {"lock_every": draw(st.sampled_from([0, 4]))},
         }[kind]
     else:
         recipe |= {

@@ -13,6 +13,7 @@ from rxlab.follow.kernelpath import event_columns, task_ids
 from rxlab.read.columns import Columns
 
 MSG_PEEK = 0x2  # include/linux/socket.h
+TASK_INTERRUPTIBLE = 0x1  # include/linux/sched.h: the state in which a task waits for data
 
 
 @dataclass(frozen=True)
@@ -138,15 +139,15 @@ def _doubtful_calls(
     """Tell which copies cannot be told to belong to the receive call that follows them.
 
     A call returns what it copied. Where the sums differ an event is missing: either a copy, or the end of the call the copy
-    really belonged to, which would hand its packets to a later one. A task that slept between the two was not in that call,
-    and where events may be missing between the two the copy may be an earlier call's.
+    really belonged to, which would hand its packets to a later one. A task that waited between the two was not in that call (in a
+    call it may well have to wait for memory or a lock, which no signal interrupts), and where events may be missing between the two the copy may be an earlier call's.
     """
     if not copies.n or not receives.n:
         return call < 0
     sums = np.bincount(call[call >= 0], weights=copies["len"][call >= 0], minlength=receives.n).astype(np.int64)
     differs = sums != np.maximum(receives["ret"], 0)
     switch = event_columns(events, "sched:sched_switch")
-    asleep = switch.take(sleeps(switch))
+    asleep = switch.take(sleeps(switch, TASK_INTERRUPTIBLE))
     slept = AsOf(asleep["rank"], task_ids(asleep, "prev_pid"))
     returned = pick(receives["rank"], call, -1)
     sleep_rank = slept.rank_of(slept.last_before(returned, copies["tid"].astype(np.int64)), -1)
@@ -155,8 +156,8 @@ def _doubtful_calls(
     return doubtful | hidden.touch(copies["time"], end, copies["cpu"]) | hidden.touch(copies["time"], end, cpu)
 
 
-def sleeps(switch: Columns) -> np.ndarray:
-    """Tell which task switches are sleeps: any state but running (0, with TASK_REPORT_MAX, 0x100, for a preemption)."""
+def sleeps(switch: Columns, states: int = 0xFF) -> np.ndarray:
+    """Tell which task switches are sleeps: any state but running (0, with TASK_REPORT_MAX, 0x100, for a preemption), or `states`."""
     if "prev_state" not in switch:
         return np.ones(switch.n, bool)
-    return (switch["prev_state"].astype(np.int64) & 0xFF) != 0
+    return (switch["prev_state"].astype(np.int64) & states) != 0

@@ -197,7 +197,11 @@ def merged_and_late(columns: Columns, evidence: Evidence) -> tuple[np.ndarray, n
     for low, high in zip(edges[:-1], edges[1:], strict=True):
         before = evidence.so_far.reached[flow[order[low]]]
         reached = np.maximum.accumulate(np.concatenate(([before], end[low:high])))[:-1]
-        late[order[low:high]] = (position[order[low:high]] != reached) & (reached != NAT)
+        begin = position[order[low:high]]
+        # Beyond a hole that a later packet fills: it waits there, even where it follows on what waits already.
+        fills = np.where(evidence.is_repeat[order[low:high]], _NEVER, begin)
+        filled = np.append(np.minimum.accumulate(fills[::-1])[::-1][1:], _NEVER)
+        late[order[low:high]] = ((begin != reached) & (reached != NAT)) | (filled < begin)
     return merged, late
 
 
