@@ -397,6 +397,9 @@ def _link_data_ready(path: KernelPath, events: Mapping[str, Columns], probes: Co
             following = AsOf(everything["rank"], everything["cpu"])
             limit = following.rank_of(following.first_after(start, cpu), _NEVER)
         found = np.where(wanted & (index.rank_of(found, _NEVER) < limit), found, -1)
+        if protocol == 17:
+            breaks = [mine, probes, event_columns(events, "irq:softirq_entry"), event_columns(events, BIRTHS[3])]
+            found = _ready_of_batches(path, found, index, following, wanted, AsOf(*_ranks_and_cpus(breaks)))
         since = "tcp_rcv" if protocol == 6 else "netif_receive_skb"
         found = np.where(_touched(path, mine, found, since, hidden), -1, found)
         row = np.where(found >= 0, pick(rows, found, -1), row)
@@ -408,9 +411,51 @@ def _link_data_ready(path: KernelPath, events: Mapping[str, Columns], probes: Co
     )
 
 
+def _ready_of_batches(
+    path: KernelPath, found: np.ndarray, ready: AsOf, received: AsOf, is_datagram: np.ndarray, breaks: AsOf
+) -> np.ndarray:
+    """Give the data_ready calls after a batch of datagrams to those they were for.
+
+    NAPI hands skbs up in lists (napi_gro_complete, GRO_NORMAL: net/core/gro.c), and all of a list pass netif_receive_skb before
+    the first is queued to its socket (__netif_receive_skb_list_core). As many calls as datagrams are theirs in order. Fewer, since
+    Linux 6.10: the first datagram's, whose queue was empty; whose a second one is cannot be told.
+    """
+    at = STAGE_INDEX["netif_receive_skb"]
+    rank, cpu = path.rank[:, at], path.cpu[:, at].astype(np.int64)
+    order = np.lexsort((rank, cpu))
+    rank, cpu = rank[order], cpu[order]
+    is_napi = path.columns["path_kind"][order] == PATH_KINDS.index("napi")
+    following = received.rank_of(received.first_after(rank, cpu), _NEVER)
+    unbroken = breaks.rank_of(breaks.first_after(rank, cpu), _NEVER) > following
+    joined = np.zeros(len(order), bool)
+    joined[1:] = (unbroken & is_napi)[:-1] & is_napi[1:] & (following[:-1] == rank[1:])
+    batch = np.cumsum(~joined) - 1
+    size = np.bincount(batch[is_datagram[order]], minlength=batch[-1] + 1)
+    several = np.flatnonzero((size >= 2)[batch] & is_datagram[order])
+    if not len(several):
+        return found
+    mine, heads = batch[several], np.flatnonzero(np.diff(batch[several], prepend=-1))
+    number = np.arange(len(several)) - np.repeat(heads, np.diff(np.append(heads, len(several))))
+    last = np.flatnonzero(np.diff(batch, append=batch[-1] + 1))[mine]
+    call, calls = ready.first_after(rank[last], cpu[last]), np.full(len(several), -1, np.int64)
+    n_calls = np.zeros(len(several), np.int64)
+    for turn in range(int(size.max())):
+        call = np.where(ready.rank_of(call, _NEVER) < following[last], call, -1)
+        n_calls += call >= 0
+        calls = np.where(number == turn, call, calls)
+        call = np.where(call >= 0, ready.first_after(ready.rank_of(call, _NEVER - 1), cpu[last]), -1)
+    found = found.copy()
+    found[order[several]] = np.where((number == 0) | (n_calls == size[mine]), calls, -1)
+    return found
+
+
+def _ranks_and_cpus(columns: list[Columns]) -> tuple[np.ndarray, np.ndarray]:
+    return np.concatenate([one["rank"] for one in columns]), np.concatenate([one["cpu"] for one in columns])
+
+
 def _wake_limit(path: KernelPath, events: Mapping[str, Columns]) -> np.ndarray:
     """Return the rank of the first event after data_ready, on its CPU, that begins another packet's processing."""
     at = STAGE_INDEX["data_ready"]
     others = [event_columns(events, name) for name in ("net:netif_receive_skb", "tcp:tcp_probe", "sock:sk_data_ready")]
-    index = AsOf(np.concatenate([c["rank"] for c in others]), np.concatenate([c["cpu"] for c in others]))
+    index = AsOf(*_ranks_and_cpus(others))
     return index.rank_of(index.first_after(path.rank[:, at], path.cpu[:, at]), _NEVER)
