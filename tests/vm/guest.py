@@ -125,7 +125,9 @@ def run_in_guest(
             done = _run(qemu(kernel(series), cpus, folder), folder, seconds)
         yield done
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        # RXLAB_VM_KEEP=1: to look at what failed.
+        if os.environ.get("RXLAB_VM_KEEP") != "1":
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def tsc_khz() -> int:
