@@ -233,6 +233,12 @@ def _epoch_ns(text: str) -> int:
     return seconds * 1_000_000_000 + sign * int(fraction[:9].ljust(9, "0"))
 
 
+def _epoch_text(time_ns: int) -> str:
+    """Return int ns as decimal seconds."""
+    seconds, fraction = divmod(abs(time_ns), 1_000_000_000)
+    return f"{'-' if time_ns < 0 else ''}{seconds}.{fraction:09d}"
+
+
 def _field(layers: dict[str, list[dict[str, Any]]], name: str) -> Any:
     """Return the value or values of a Wireshark field in the packet's layers, None without."""
     protocol, _, rest = name.partition(".")
@@ -292,8 +298,10 @@ def _work() -> None:
         for layer in packet.layers:
             content = layer._fields_dict
             layers.setdefault(layer.layer_name, []).extend(content if isinstance(content, list) else [content])
-        row = {"frame": int(packet.number), "time": _epoch_ns(packet.sniff_timestamp)}
+        row: dict[str, Any] = {"frame": int(packet.number), "time": _epoch_ns(packet.sniff_timestamp)}
         row.update((name, _field(layers, name)) for name in request["fields"])
+        if "frame.time_epoch" in row:  # seconds in every version, as tshark prints them where it does not write JSON
+            row["frame.time_epoch"] = _epoch_text(row["time"])
         sys.stdout.write(json.dumps(row) + "\n")
     capture.close()
     message = capture._last_error_line or ""

@@ -22,18 +22,33 @@ def _symmetric_hash(src_hi, src_lo, dst_hi, dst_lo, proto, sport, dport):
     return mixed ^ (mixed >> np.uint64(32))
 
 
+@njit(cache=True, nogil=True, forceinline=True)
+def _is_key(keys, number, src_hi, src_lo, dst_hi, dst_lo, ports):
+    """Tell whether a flow's key is this one."""
+    is_source = keys[number, 0] == src_hi and keys[number, 1] == src_lo
+    return is_source and keys[number, 2] == dst_hi and keys[number, 3] == dst_lo and keys[number, 4] == ports
+
+
 @njit(cache=True, nogil=True)
 def _assign(headers, first, last, slots, keys, n_flows, flow, flow_dir):
     """Give rows `first` to `last` their flow; return (next row, number of flows): short of `last` when full."""
     mask = np.uint64(len(slots) - 1)
+    # Unpacked once: read as headers.name in the loop, each access would count references.
+    sports, dports, protos, fragments, tunnels = (
+        headers.sport,
+        headers.dport,
+        headers.proto,
+        headers.fragment,
+        headers.tunnel,
+    )
+    src_his, src_los, dst_his, dst_los = headers.src_hi, headers.src_lo, headers.dst_hi, headers.dst_lo
     for row in range(first, last):
-        sport, dport, proto = headers.sport[row], headers.dport[row], headers.proto[row]
+        sport, dport, proto = sports[row], dports[row], protos[row]
         # Without ports there is no flow, except for a tunnel that has none (GRE, IP in IP).
-        if headers.fragment[row] == 2 or (sport == 0 and dport == 0 and headers.tunnel[row] < 3):
+        if fragments[row] == 2 or (sport == 0 and dport == 0 and tunnels[row] < 3):
             flow[row], flow_dir[row] = -1, -1
             continue
-        src_hi, src_lo = headers.src_hi[row], headers.src_lo[row]
-        dst_hi, dst_lo = headers.dst_hi[row], headers.dst_lo[row]
+        src_hi, src_lo, dst_hi, dst_lo = src_his[row], src_los[row], dst_his[row], dst_los[row]
         upper = np.uint64(proto) << np.uint64(32)
         ports = upper | (np.uint64(sport) << np.uint64(16)) | np.uint64(dport)
         swapped = upper | (np.uint64(dport) << np.uint64(16)) | np.uint64(sport)
@@ -49,11 +64,10 @@ def _assign(headers, first, last, slots, keys, n_flows, flow, flow_dir):
                 flow[row], flow_dir[row] = n_flows, 0
                 n_flows += 1
                 break
-            key = keys[found]
-            if key[4] == ports and key[1] == src_lo and key[3] == dst_lo and key[0] == src_hi and key[2] == dst_hi:
+            if _is_key(keys, found, src_hi, src_lo, dst_hi, dst_lo, ports):
                 flow[row], flow_dir[row] = found, 0
                 break
-            if key[4] == swapped and key[1] == dst_lo and key[3] == src_lo and key[0] == dst_hi and key[2] == src_hi:
+            if _is_key(keys, found, dst_hi, dst_lo, src_hi, src_lo, swapped):
                 flow[row], flow_dir[row] = found, 1
                 break
             slot = (slot + np.uint64(1)) & mask

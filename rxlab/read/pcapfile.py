@@ -169,14 +169,17 @@ def count_classic(buf, pos, swap, record_size, max_caplen):
 
 
 @njit(cache=True, nogil=True)
-def walk_classic(buf, pos, swap, ns_per_tick, record_size, max_caplen, linktype, index, row, stop):
-    """Index records from `pos` into rows `row` to `stop` (excluded) of `index`.
+def walk_classic(buf, pos, swap, ns_per_tick, record_size, max_caplen, linktype, index, row, stop, frame):
+    """Index records from `pos` into rows `row` to `stop` (excluded) of `index`; `frame` is the number of the first.
 
     Returns
     -------
     (position after the last whole record, next row, FULL | END | CUT | DAMAGED)
     """
     end = len(buf)
+    # Unpacked once: read as index.name in the loop, each access would count references.
+    times, positions, caplens, wire_lens = index.time, index.position, index.caplen, index.wire_len
+    linktypes, frames, directions = index.linktype, index.frame, index.direction
     while pos + record_size <= end:
         if row >= stop:
             return pos, row, FULL
@@ -185,15 +188,16 @@ def walk_classic(buf, pos, swap, ns_per_tick, record_size, max_caplen, linktype,
             return pos, row, DAMAGED
         if pos + record_size + caplen > end:
             return pos, row, CUT
-        index.time[row] = load32(buf, pos, swap) * 1_000_000_000 + load32(buf, pos + 4, swap) * ns_per_tick
-        index.position[row] = pos + record_size
-        index.caplen[row] = caplen
-        index.wire_len[row] = load32(buf, pos + 12, swap)
-        index.linktype[row] = linktype
+        times[row] = load32(buf, pos, swap) * 1_000_000_000 + load32(buf, pos + 4, swap) * ns_per_tick
+        positions[row] = pos + record_size
+        caplens[row] = caplen
+        wire_lens[row] = load32(buf, pos + 12, swap)
+        linktypes[row], frames[row] = linktype, frame
         # struct pcap_sf_patched_pkthdr: ifindex, protocol, pkt_type; 4 is PACKET_OUTGOING (if_packet.h)
         sent = record_size == 24 and buf[pos + 22] == 4
-        index.direction[row] = np.int64(sent) if record_size == 24 else -1
+        directions[row] = np.int64(sent) if record_size == 24 else -1
         row += 1
+        frame += 1
         pos += record_size + caplen
     return pos, row, END if pos == end else CUT
 
@@ -255,8 +259,8 @@ class ClassicReader:
             index,
             row,
             stop,
+            self._row + 1,
         )
-        index.frame[first:row] = np.arange(self._row + 1, self._row + 1 + row - first)
         self._row += row - first
         if status in (CUT, DAMAGED):
             self.truncated, self.truncated_at = True, int(self._pos)

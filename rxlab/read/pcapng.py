@@ -129,6 +129,9 @@ def _walk_blocks(buf, pos, swap, interfaces, index, row, stop, frame, comments, 
     (position, next row, frames so far, number of comments, FULL | END | CUT | DAMAGED | BLOCK)
     """
     end = len(buf)
+    # Unpacked once: read as index.name in the loop, each access would count references.
+    times, positions, caplens, wire_lens = index.time, index.position, index.caplen, index.wire_len
+    numbers, linktypes, frames, directions = index.interface, index.linktype, index.frame, index.direction
     while pos + 12 <= end:
         kind = load32(buf, pos, swap)
         if kind in (SHB, IDB, ISB):
@@ -172,12 +175,11 @@ def _walk_blocks(buf, pos, swap, interfaces, index, row, stop, frame, comments, 
             options = start + ((caplen + 3) & ~3)
             if options + 4 <= pos + size - 4:
                 direction, comment = _scan_options(buf, options, pos + size - 4, swap)
-        index.time[row], index.position[row], index.direction[row] = time, start, direction
-        index.caplen[row], index.wire_len[row] = caplen, wire_len
-        index.interface[row] = interfaces[interface, _GLOBAL]
-        index.linktype[row] = interfaces[interface, _LINKTYPE]
+        times[row], positions[row], directions[row] = time, start, direction
+        caplens[row], wire_lens[row] = caplen, wire_len
+        numbers[row], linktypes[row] = interfaces[interface, _GLOBAL], interfaces[interface, _LINKTYPE]
         frame += 1
-        index.frame[row] = frame
+        frames[row] = frame
         if comment >= 0 and n_comments < len(comments):
             comments[n_comments, 0], comments[n_comments, 1] = frame, comment
             n_comments += 1

@@ -212,26 +212,8 @@ def field_table(
     for row, ((_, plan), base) in enumerate(zip(flat, bases, strict=True)):
         is_text = plan.field is not None and plan.field.is_text
         fields[row] = (plan.kind, plan.offset, plan.size, plan.count, base // plan.unit, is_text)
-    mark_together(fields, [number for number, _ in flat])
     owners = np.array([number for number, _ in flat], np.int64)
     return fields, np.searchsorted(owners, np.arange(n_events + 1)), flat
-
-
-def mark_together(fields: np.ndarray, owners: list[int]) -> None:
-    """Mark the fields that one pass over an event's samples can copy, where they are as almost every event has them."""
-    kinds, offsets = fields[:, pg.F_KIND].tolist(), fields[:, pg.F_OFFSET].tolist()
-    common = ([pg.K_U16, pg.K_U8, pg.K_U8, pg.K_U32], [0, 2, 3, 4])
-    for row in range(len(owners)):
-        for n, kind in ((pg.TASK_FIELDS, pg.K_TASK), (pg.COMMON_FIELDS, pg.K_COMMON)):
-            some = slice(row, row + n)
-            if owners[some] != [owners[row]] * n:
-                continue
-            if kind == pg.K_TASK:
-                is_so = kinds[some] == [pg.K_SAMPLE_U32] * 2 and offsets[row + 1] == offsets[row] + 4
-            else:
-                is_so = (kinds[some], offsets[some]) == common
-            if is_so:
-                fields[row, pg.F_KIND] = kind
 
 
 def gather_segments(

@@ -15,12 +15,8 @@ from rxlab.read.perfrecords import inline, inner, jit, read_u16, read_u32, read_
 F_KIND, F_OFFSET, F_SIZE, F_COUNT, F_BASE, F_TEXT = range(6)
 FIELD_COLUMNS = 6
 
-# F_KIND: copies of a scalar by size; of a u32/u64 word of the sample's fixed part; text; elements; variable parts; and fields
-# that are copied with those after them: the two words of the task, the four fields that every tracepoint begins with.
+# F_KIND: copies of a scalar by size; of a u32/u64 word of the sample's fixed part; text; elements; variable parts, the last.
 K_U8, K_U16, K_U32, K_U64, K_SAMPLE_U32, K_SAMPLE_U64, K_TEXT, K_TEXT8, K_ARRAY, K_LOC, K_REL_LOC, K_REST = range(12)
-K_TASK, K_COMMON = 12, 13
-# Fields that go with the one of that kind, and bytes of them all; see struct trace_entry in include/linux/trace_events.h.
-TASK_FIELDS, COMMON_FIELDS, COMMON_SIZE = 2, 4, 8
 
 # Codes of one thread's dictionary; the thread's number is above these bits.
 CODE_BITS = 26
@@ -225,37 +221,16 @@ def gather_variable(buffer, spans, rows, field, number, arena32, dictionary, cod
 
 
 @inner
-def gather_together(buffer, origins, rows, fields, number, arenas, big):
-    """Copy the fields that begin at row `number` of the table and are copied together; return how many they are."""
-    offset, base = fields[number, F_OFFSET], fields[number, F_BASE]
-    second = fields[number + 1, F_BASE]
-    if fields[number, F_KIND] == K_TASK:
-        for i in range(rows.size):
-            at, row = origins[i] + offset, rows[i]
-            arenas[2][uint64(base + row)] = uint32(read_u32(buffer, at, big))
-            arenas[2][uint64(second + row)] = uint32(read_u32(buffer, at + 4, big))
-        return TASK_FIELDS
-    third, fourth = fields[number + 2, F_BASE], fields[number + 3, F_BASE]
-    for i in range(rows.size):
-        at, row = origins[i] + offset, rows[i]
-        arenas[1][uint64(base + row)] = uint16(read_u16(buffer, at, big))
-        arenas[0][uint64(second + row)] = buffer[uint64(at + 2)]
-        arenas[0][uint64(third + row)] = buffer[uint64(at + 3)]
-        arenas[2][uint64(fourth + row)] = uint32(read_u32(buffer, at + 4, big))
-    return COMMON_FIELDS
-
-
-@inner
 def gather_scalar(buffer, origins, rows, field, arenas, big):
     """Copy one scalar per sample of a block, `F_OFFSET` bytes after each origin."""
     kind, base, offset = field[F_KIND], field[F_BASE], field[F_OFFSET]
     if kind == K_U8:
         for i in range(rows.size):
             arenas[0][uint64(base + rows[i])] = buffer[uint64(origins[i] + offset)]
-    elif kind == K_U16 or kind == K_COMMON:  # noqa: SIM109 -- "in" compiles a search of its own
+    elif kind == K_U16:
         for i in range(rows.size):
             arenas[1][uint64(base + rows[i])] = uint16(read_u16(buffer, origins[i] + offset, big))
-    elif kind == K_U32 or kind == K_SAMPLE_U32:  # noqa: SIM109
+    elif kind == K_U32 or kind == K_SAMPLE_U32:  # noqa: SIM109 -- "in" compiles a search of its own
         for i in range(rows.size):
             arenas[2][uint64(base + rows[i])] = uint32(read_u32(buffer, origins[i] + offset, big))
     else:
@@ -306,16 +281,10 @@ def gather_event(buffer, starts, spans, rows, fields, numbers, arenas, dictionar
         if sizes[i] < shortest:
             shortest = sizes[i]
     n_short = int64(0)
-    number = numbers[0]
-    while number < numbers[1]:
+    for number in range(numbers[0], numbers[1]):
         field = fields[number]
         kind = field[F_KIND]
-        step = int64(1)
-        if kind == K_TASK:
-            step = gather_together(buffer, starts, rows, fields, number, arenas, big)
-        elif kind == K_COMMON and shortest >= COMMON_SIZE:
-            step = gather_together(buffer, raws, rows, fields, number, arenas, big)
-        elif K_LOC <= kind <= K_REST:
+        if kind >= K_LOC:
             if not gather_variable(buffer, spans, rows, field, number, arenas[2], dictionary, code_base, big):
                 return n_short, False
         elif kind == K_SAMPLE_U32 or kind == K_SAMPLE_U64:  # noqa: SIM109
@@ -326,7 +295,6 @@ def gather_event(buffer, starts, spans, rows, fields, numbers, arenas, dictionar
             n_whole = part_short(spans, rows, field, arenas[0], whole)
             n_short += rows.size - n_whole
             gather_fixed(buffer, whole[0, :n_whole], whole[1, :n_whole], field, arenas, big)
-        number += step
     return n_short, True
 
 

@@ -308,7 +308,7 @@ def merge_cpus(samples, rows, begins, ends, heap, firsts, next_rows, rank, place
     time, cpu, event = samples
     out_time, out_cpu, out_rank = columns
     heap_times, heap_groups = heap[0], heap[1]
-    n = 0
+    n = int64(0)
     for group in range(begins.size):
         if begins[group] < ends[group]:
             heap_times[n], heap_groups[n] = time[rows[begins[group]]], group
@@ -345,7 +345,7 @@ def merge_cpus(samples, rows, begins, ends, heap, firsts, next_rows, rank, place
         else:
             heap_times[0] = time[rows[i]]
         if n > 1:
-            sift_down(heap_times, heap_groups, n, 0)
+            sift_down(heap_times, heap_groups, n, int64(0))
 
 
 @jit
