@@ -44,6 +44,16 @@ def write(folder: Path, content: bytes, name: str = "capture") -> Path:
     return path
 
 
+@pytest.mark.parametrize("n", [18_800, 19_000, 19_200])
+def test_zstd_stream_without_an_end_gives_every_packet_that_came(tmp_path: Path, n: int) -> None:
+    # A little more than a mebibyte in few compressed bytes, as a recorder that was killed leaves it.
+    compressor = zstandard.ZstdCompressor().compressobj()
+    content = classic([ethernet(bytes(26), 0x0806)] * n)
+    stream = compressor.compress(content) + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+    packets = read_pcap(write(tmp_path, stream))
+    assert packets["frame"].tolist() == list(range(1, n + 1))
+
+
 @pytest.mark.parametrize("endian", ["<", ">"])
 @pytest.mark.parametrize(("magic", "tick"), [(0xA1B2C3D4, 1000), (0xA1B23C4D, 1), (0xA1B2CD34, 1000)])
 def test_classic_formats(tmp_path: Path, endian: str, magic: int, tick: int) -> None:

@@ -253,6 +253,22 @@ def test_compressed_stream_cut_anywhere(tmp_path: Path, kind: int, piece: int) -
     assert not perf.meta["truncated"]
 
 
+@pytest.mark.parametrize("n", [31_000, 31_200, 31_400, 31_600, 31_800])
+def test_compressed_stream_whose_last_piece_is_most_of_it(tmp_path: Path, n: int) -> None:
+    # Seen live: a stream of a little more than 4 MiB that ended without the frame's end lost what its last piece unpacked to.
+    inner, outer = Builder(), Builder()
+    record = inner.sample(1, time=0x1111).records[0]
+    records = np.tile(np.frombuffer(record, np.uint8), (n, 1))
+    at = record.index(inner.pack("Q", 0x1111))
+    records[:, at : at + 8] = np.arange(n, dtype="<u8").view(np.uint8).reshape(n, 8)
+    compressor = zstandard.ZstdCompressor(level=1).compressobj()
+    stream = compressor.compress(records.tobytes()) + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+    outer.records = [outer.record(81, stream[i : i + 65_000]) for i in range(0, len(stream), 65_000)]
+    perf = read(tmp_path, outer.file())
+    assert perf.events[EVENT]["time"].tolist() == list(range(n))
+    assert not perf.meta["truncated"]
+
+
 def test_zstd_bomb_is_refused(tmp_path: Path) -> None:
     bomb = zstandard.ZstdCompressor(level=3).compress(bytes(200 << 20))
     builder = Builder().sample(1, time=1000)

@@ -18,6 +18,7 @@ import numpy as np
 from rxlab.errors import FormatError, TruncatedFileError
 from rxlab.read.compiler import njit
 from rxlab.read.words import load32
+from rxlab.read.zstream import ZstdDamage, unpack_zstd
 
 NAT = np.iinfo(np.int64).min  # a packet without a time (pcapng simple packet block)
 # libpcap's MAXIMUM_SNAPLEN and wiretap's WTAP_MAX_PACKET_SIZE_STANDARD; a header that states more snap length raises it.
@@ -69,7 +70,7 @@ def open_capture(path: str | os.PathLike[str]) -> CaptureBytes:
             if magic[:2] == b"\x1f\x8b":
                 return _unfolded(file, "gzip", _gunzip(file), where)
             if magic == b"\x28\xb5\x2f\xfd":
-                return _unfolded(file, "zstd", _unzstd(file), where)
+                return _unfolded(file, "zstd", unpack_zstd(iter(lambda: file.read(1 << 16), b"")), where)
             return CaptureBytes(_map(file, where), "", [])
     except OSError as error:
         raise FormatError("cannot read capture", where=where, found=error.strerror or str(error)) from None
@@ -96,7 +97,7 @@ def _unfolded(file: IO[bytes], kind: str, pieces: Iterator[bytes], where: str) -
                         found=f"over {limit} bytes",
                         do="If it is what you want, decompress it yourself and read the result.",
                     )
-        except (EOFError, zlib.error, gzip.BadGzipFile, _ZstdDamage) as error:
+        except (EOFError, zlib.error, gzip.BadGzipFile, ZstdDamage) as error:
             warnings.append(f"{kind} stream is cut or damaged after {unfolded.tell()} bytes: {error}")
         unfolded.flush()
         return CaptureBytes(_map(unfolded, where), kind, warnings)
@@ -106,23 +107,6 @@ def _gunzip(file: IO[bytes]) -> Iterator[bytes]:
     with gzip.GzipFile(fileobj=file) as stream:
         while piece := stream.read1(1 << 20):
             yield piece
-
-
-class _ZstdDamage(Exception):
-    """zstandard's own error: the module is imported only for a zstd file."""
-
-
-def _unzstd(file: IO[bytes]) -> Iterator[bytes]:
-    import zstandard
-
-    # 128 MiB is the window `zstd -d` accepts without --long; more is refused before it is allocated.
-    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 27)
-    try:
-        with decompressor.stream_reader(file, read_across_frames=True) as stream:
-            while piece := stream.read(1 << 20):
-                yield piece
-    except zstandard.ZstdError as error:
-        raise _ZstdDamage(str(error)) from None
 
 
 # --------------------------------------------------------------------------------------------------- classic pcap

@@ -2,40 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import mmap
 import tempfile
-from typing import IO, cast
 
 import numpy as np
 
 from rxlab.read import perfrecords as rec
+from rxlab.read.zstream import ZstdDamage, unpack_zstd
 
 # perf compresses ring-buffer pages at level 1: factors of 3 to 20 are usual, of a hundred unheard of. A stream that
 # grows more than this is a bomb and is cut here.
 MAX_FACTOR = 200
 ALWAYS_ALLOWED = 16 << 20
-CHUNK = 4 << 20
 
 # More than this goes to an unlinked temporary file instead of memory, so that a long recording fits a small machine.
 IN_MEMORY = 64 << 20
-
-
-class _Chunks(io.RawIOBase):
-    """The compressed pieces, in order, as one stream."""
-
-    def __init__(self, buffer: np.ndarray, spans: list[tuple[int, int]]) -> None:
-        self._buffer, self._spans, self._at = buffer, spans, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        if self._at == len(self._spans):
-            return b""
-        start, end = self._spans[self._at]
-        self._at += 1
-        return self._buffer[start:end].tobytes()
 
 
 class Unpacker:
@@ -68,24 +49,18 @@ class Unpacker:
 
     def unpack(self, feature: bytes | None) -> tuple[np.ndarray, str]:
         """Return the unpacked bytes and what went wrong ('' when nothing did); damage ends them early."""
-        try:
-            import zstandard
-        except ImportError:
-            return np.empty(0, np.uint8), "records are compressed with zstd; pip install zstandard"
         limit = ALWAYS_ALLOWED + MAX_FACTOR * sum(end - start for start, end in self._spans)
-        reader = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(
-            cast(IO[bytes], _Chunks(self._buffer, self._spans)), read_across_frames=True
-        )
-        problem, total = "", 0
+        problem = ""
         with tempfile.SpooledTemporaryFile(IN_MEMORY) as store:
             try:
-                while chunk := reader.read(CHUNK):
-                    total += len(chunk)
-                    if total > limit:
+                for unpacked in unpack_zstd(self._buffer[start:end].tobytes() for start, end in self._spans):
+                    if store.tell() + len(unpacked) > limit:
                         problem = f"compressed records grow beyond {limit} bytes: cut there"
                         break
-                    store.write(chunk)
-            except zstandard.ZstdError as error:
+                    store.write(unpacked)
+            except ImportError:
+                problem = "records are compressed with zstd; pip install zstandard"
+            except ZstdDamage as error:
                 problem = f"damaged compressed record: {error}"
             return _as_array(store), problem
 
