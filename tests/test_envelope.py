@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
+import scipy.optimize
 
 from rxlab.errors import ClockError
 from rxlab.follow.envelope import Envelope, fit_envelope
@@ -82,12 +85,47 @@ def test_outliers_on_both_sides_are_cut(distortion: dict) -> None:
     assert "sparse_floor" not in found.flags
 
 
-def test_one_percent_of_outliers_is_still_right_or_flagged() -> None:
-    arrival, event = floor_of(5)
-    stamp, true = perturb(arrival, np.random.default_rng(6), sine=1_500.0, outliers=0.01)
+@pytest.mark.parametrize("quantum", [1, 64, 1_000])
+@pytest.mark.parametrize("seed", range(3))
+def test_one_percent_of_outliers_is_still_right(seed: int, quantum: int) -> None:
+    """Steered by up to 470 ns/s, so that a late stamp hides in what the floor moves by within a window."""
+    arrival, event = floor_of(5 + seed)
+    stamp, true = perturb(arrival, np.random.default_rng(seed), sine=1_500.0, ramp=10.0, outliers=0.01, quantum=quantum)
     found = fit_envelope(stamp, event)
     error = errors_of(found, arrival, event, true)
-    assert np.sqrt(np.mean(error**2)) <= 60 or "sparse_floor" in found.flags
+    assert np.sqrt(np.mean(error**2)) <= 30
+    assert np.abs(error).max() <= min(100, found.bound_ns)
+    assert "sparse_floor" not in found.flags
+
+
+def test_a_few_packets_that_are_faster_than_the_floor_are_no_outliers() -> None:
+    """TCP at its tap: one packet in 500 is faster by 140 ns. Cut in one place and kept in another they would bend the curve."""
+    arrival, event = floor_of(17)
+    rng = np.random.default_rng(18)
+    event = event - np.where(rng.random(len(event)) < 0.002, rng.integers(100, 140, len(event)), 0)
+    for seed in range(5):
+        stamp, true = perturb(arrival, np.random.default_rng(seed), sine=500.0)
+        found = fit_envelope(stamp, event)
+        error = np.abs(errors_of(found, arrival, event, true)).max()
+        assert error <= 100
+        assert error <= found.bound_ns
+
+
+def test_a_programme_that_one_method_gives_up_is_solved_by_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    arrival, event = floor_of(19, n=20_000)
+    stamp, _ = perturb(arrival, np.random.default_rng(20), sine=1_500.0)
+    expected = fit_envelope(stamp, event).offset_at(stamp, event)
+    solve, given_up = scipy.optimize.linprog, []
+
+    def gives_up(*arguments: Any, method: str, **options: Any) -> Any:
+        if method == "highs":
+            given_up.append(method)
+            return scipy.optimize.OptimizeResult(success=False, message="model_status is Unknown")
+        return solve(*arguments, method=method, **options)
+
+    monkeypatch.setattr(scipy.optimize, "linprog", gives_up)
+    assert np.abs(fit_envelope(stamp, event).offset_at(stamp, event) - expected).max() <= 1
+    assert given_up
 
 
 def test_a_line_is_taken_for_a_rigid_clock_and_a_curve_for_a_steered_one() -> None:

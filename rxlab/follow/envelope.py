@@ -21,12 +21,10 @@ KNOT_NS = 1_000_000_000
 PENALTY = 0.5
 # What the curve would be if unrest were cheaper by this tells how much of it the price decided.
 LOOSER = 3.0
-# Random halves of the packets a line is fitted to again, from at most so many packets near it.
-N_HALVES, MAX_NEAR = 8, 20_000
-# The shares of the bound's parts were chosen, and the factor on top of them, so that it held in more than 99 % of perturbations
-# of recorded and simulated floors made for this purpose and never judged on; as in split conformal prediction (Lei et al. 2018)
-# nothing is assumed of how the errors are distributed.
-BOUND_FACTOR = 1.05
+# On top of the bound's parts, and the share of the looser twin's distance: chosen so that the bound held in more than 99 % of
+# perturbations of recorded and simulated floors made for this purpose and never judged on; as in split conformal prediction
+# (Lei et al. 2018) nothing is assumed of how the errors are distributed.
+BOUND_FACTOR, LOOSER_SHARE = 1.05, 0.1
 ROUNDING_NS = 3.0
 # The envelope must come this much closer to the packets than a straight line to be believed.
 MIN_GAIN_NS = 10.0
@@ -37,6 +35,10 @@ WINDOW_NS = 250_000_000
 MIN_WINDOW, MAX_WINDOW = 32, 512
 # A packet that has this many others of its window within NEAR_NS above it is no outlier.
 COMPANY = 2
+# Among so many of the lowest packets of a window most are no outliers, at 1 % of them.
+MAX_OUTLYING = 9
+# What alone keeps the curve down by this many usual spacings is taken away, and the curve fitted again, so many times at most.
+LONE, MIN_LONE_NS, TOUCHING_NS, MAX_LOOKS = 8.0, 20.0, 1.0, 4
 # A change of level is a step of a clock when no drift and no stall explains it.
 MIN_STEP_NS = 100_000
 MAX_DRIFT = 500e-6
@@ -277,8 +279,15 @@ def _fit_segment(
     keep, leftover = _cut_outliers(x, y, quantum)
     n_outliers = int((~keep).sum())
     x, y = x[keep], y[keep]
-    knots, curve, gain, bound = _fit_curve(x, y, max(1, round(span / knot_ns)), penalty, method)
-    flags, support = _judge_floor(x, y - np.interp(x, knots, curve), max(1, round(span / knot_ns)), quantum)
+    n_intervals = max(1, round(span / knot_ns))
+    for _ in range(MAX_LOOKS):
+        knots, curve, gain, bound = _fit_curve(x, y, n_intervals, penalty, method)
+        lone = _lone_supports(x, y - np.interp(x, knots, curve))
+        if not len(lone):
+            break
+        x, y = np.delete(x, lone), np.delete(y, lone)
+        n_outliers += len(lone)
+    flags, support = _judge_floor(x, y - np.interp(x, knots, curve), n_intervals, quantum)
     if bound > MAX_BOUND_NS + quantum / 8:
         flags = (*flags, "sparse_floor")
     whole = np.rint(knots)
@@ -301,65 +310,31 @@ def _fit_curve(
     ends = np.array([0.0, x[-1]])
     line = curve_below(x, y, ends, 0.0)
     if n_intervals == 1 or method == "hull":
-        return ends, line, 0.0, _line_bound(x, y, line, 0.0)
+        return ends, line, 0.0, _bound(x, y, ends, line, line)
     knots = np.linspace(0.0, x[-1], n_intervals + 1)
     bent, looser = (curve_below(x, y, knots, price) for price in (penalty, penalty / LOOSER))
     gain = float(np.mean(np.interp(x, knots, bent) - np.interp(x, ends, line)))
     if method == "envelope" or gain > MIN_GAIN_NS:
-        return knots, bent, gain, _curve_bound(x, y, knots, bent, looser)
+        return knots, bent, gain, _bound(x, y, knots, bent, looser)
     # The bends that were not worth believing may be real.
-    return ends, line, gain, _line_bound(x, y, line, _apart(looser - np.interp(knots, ends, line)))
+    return ends, line, gain, _bound(x, y, knots, np.interp(knots, ends, line), looser)
 
 
-def _curve_bound(x: np.ndarray, y: np.ndarray, knots: np.ndarray, curve: np.ndarray, looser: np.ndarray) -> float:
-    """Return how far the clock may be from a curve: by a floor that moves, by the price on unrest, between the knots."""
-    # Between knots a smooth curve is off its chord by an eighth of the second difference.
-    sag = float(np.abs(np.diff(curve, 2)).max()) / 8
-    usual, largest = _gaps(x, y, knots, curve)
-    return ROUNDING_NS + BOUND_FACTOR * (usual / 2 + 0.75 * largest + _apart(looser - curve) / 4 + sag)
+def _bound(x: np.ndarray, y: np.ndarray, knots: np.ndarray, curve: np.ndarray, looser: np.ndarray) -> float:
+    """Return how far the clock may be from a curve: by a floor that moves, between the knots, by the price on unrest.
 
-
-def _line_bound(x: np.ndarray, y: np.ndarray, line: np.ndarray, bends: float) -> float:
-    """Return how far the clock may be from a line: by a floor that moves, by its bends, by which packets were fast."""
-    usual, largest = _gaps(x, y, np.array([0.0, x[-1]]), line)
-    return ROUNDING_NS + BOUND_FACTOR * (usual / 4 + largest / 2 + bends / 2 + _sampling(x, y, line) / 4)
-
-
-def _gaps(x: np.ndarray, y: np.ndarray, knots: np.ndarray, curve: np.ndarray) -> tuple[float, float]:
-    """Return how far the fastest packets keep from the curve: in nine of ten quarter seconds, and in every half second.
-
-    Where even the fastest packet of a while keeps away, the floor has moved or the clock has, and which cannot be told.
+    Where even the fastest packet of a quarter second keeps away, the floor has moved or the clock has: which cannot be told.
     """
-    found = []
-    for per_second in (4, 2):
-        lowest = window_minima(x, y, max(4, per_second * round(float(x[-1]) / KNOT_NS)))
-        found.append(y[lowest] - np.interp(x[lowest], knots, curve))
-    return float(np.quantile(found[0], 0.9)), float(found[1].max())
+    gap = y - np.interp(x, knots, curve)
+    lowest = window_minima(x, gap, max(4, 4 * round(float(x[-1]) / KNOT_NS)))
+    # Between knots a smooth curve is off its chord by an eighth of the second difference.
+    sag = float(np.abs(np.diff(curve, 2)).max(initial=0.0)) / 8
+    return ROUNDING_NS + BOUND_FACTOR * (float(gap[lowest].max()) + sag + LOOSER_SHARE * _apart(looser - curve))
 
 
 def _apart(difference: np.ndarray) -> float:
     """Return the largest difference of two curves, one constant apart."""
     return float(np.abs(difference - np.median(difference)).max())
-
-
-def _sampling(x: np.ndarray, y: np.ndarray, line: np.ndarray) -> float:
-    """Return how far the ends of a line move when it is fitted to random halves of the packets.
-
-    Subsampling (Politis and Romano 1994) holds for extremes, for which the bootstrap fails (Bickel, Goetze and van Zwet 1997).
-    """
-    ends = np.array([0.0, x[-1]])
-    gap = y - np.interp(x, ends, line)
-    if len(gap) > MAX_NEAR:
-        # No others can carry the line of half the packets.
-        near = np.flatnonzero(gap <= np.partition(gap, MAX_NEAR)[MAX_NEAR])
-        x, y = x[near], y[near]
-    rng = np.random.default_rng(len(x))
-    moved = [0.0]
-    for _ in range(N_HALVES):
-        half = np.flatnonzero(rng.random(len(x)) < 0.5)
-        if len(half) > 1:
-            moved.append(_apart(curve_below(x[half], y[half], ends, 0.0) - line))
-    return max(moved)
 
 
 def _coarse_slope(x: np.ndarray, delay: np.ndarray) -> float:
@@ -383,33 +358,76 @@ def _cut_outliers(x: np.ndarray, y: np.ndarray, quantum: int) -> tuple[np.ndarra
     In each window the lowest packet that has company is the floor's level. Isolated packets below it are
     outliers: nothing else tells a late stamp from a fast packet.
     """
-    from scipy.ndimage import median_filter
-
     size = int(np.clip(len(x) * WINDOW_NS / max(x[-1], 1.0), MIN_WINDOW, MAX_WINDOW))
-    n = len(y) // size
-    if n < 2:
-        return np.ones(len(y), bool), 0.0
-    depth = min(size - 1, 48)
-    low = np.sort(np.partition(y[: n * size].reshape(n, size), depth, axis=1)[:, : depth + 1], axis=1)
-    # A dense floor needs no wide net.
-    near = min(max(6 * float(np.median(low[:, COMPANY] - low[:, 0])), 20.0), NEAR_NS + quantum / 8)
-    has_company = low[:, COMPANY:] - low[:, :-COMPANY] <= near
-    found = has_company.any(axis=1)
-    if found.sum() < 2:
-        return np.ones(len(y), bool), 0.0
-    level = low[np.arange(n), has_company.argmax(axis=1)][found]
-    centre = x[: n * size].reshape(n, size).mean(axis=1)[found]
-    # Outliers that keep each other company, by chance, make a level far below those around it.
-    around = median_filter(level, min(9, len(level)), mode="nearest")
-    below = around - level
-    fits = below <= near + 6 * 1.4826 * float(np.median(np.abs(below)))
-    floor = np.interp(x, centre[fits], level[fits])
+    everything = np.ones(len(y), bool), 0.0
+    # By several of the lowest packets, for the lowest ones are outliers.
+    rough = _floor_levels(x, y, size, quantum, MAX_OUTLYING)
+    if rough is None:
+        return everything
+    floor = np.interp(x, *rough[:2])
+    # A steered clock moves by 100 ns within a window; with that taken away and deep outliers too, the lowest packets tell how
+    # close company is: a few that are faster by 100 ns are a floor of their own, and no outliers.
+    shallow = np.flatnonzero(y > floor - 2.5 * NEAR_NS - quantum / 4)
+    fine = _floor_levels(x[shallow], (y - floor)[shallow], size, quantum, 1)
+    if fine is None:
+        return everything
+    centre, level, near = fine
+    floor += np.interp(x, centre, level)
     depth_of_cut = (floor - y)[y < floor - near / 2]
     if not len(depth_of_cut):
-        return np.ones(len(y), bool), 0.0
+        return everything
     # As dense just below the floor as further down, so many of them are not cut.
     expected = len(depth_of_cut) * (near / 2) / (2 * float(depth_of_cut.mean()))
     return np.asarray(y >= floor - near / 2), near / 2 * min(1.0, 2 * expected)
+
+
+def _floor_levels(
+    x: np.ndarray, y: np.ndarray, size: int, quantum: int, ranks: int
+) -> tuple[np.ndarray, np.ndarray, float] | None:
+    """Return middle and level of the windows whose lowest packets keep each other company, and how close company is.
+
+    How close is judged by the lowest `ranks` packets of each window.
+    """
+    from scipy.ndimage import median_filter
+
+    n = len(y) // size
+    if n < 2:
+        return None
+    depth = min(size - 1, 48)
+    low = np.sort(np.partition(y[: n * size].reshape(n, size), depth, axis=1)[:, : depth + 1], axis=1)
+    apart = low[:, COMPANY:] - low[:, :-COMPANY]
+    # A dense floor needs no wide net.
+    near = min(max(6 * float(np.median(apart[:, :ranks])), 20.0), NEAR_NS + quantum / 8)
+    has_company = apart <= near
+    found = has_company.any(axis=1)
+    if found.sum() < 2:
+        return None
+    level = low[np.arange(n), has_company.argmax(axis=1)][found]
+    centre = x[: n * size].reshape(n, size).mean(axis=1)[found]
+    # Outliers that keep each other company, by chance, make a level far below those around it. Mirrored, or a false level at
+    # an end would be its own company.
+    below = median_filter(level, min(9, len(level)), mode="mirror") - level
+    fits = below <= near + 6 * 1.4826 * float(np.median(np.abs(below)))
+    return centre[fits], level[fits], near
+
+
+def _lone_supports(x: np.ndarray, gap: np.ndarray) -> np.ndarray:
+    """Return the packets that hold the curve down alone: the lowest of their half second by far.
+
+    Spacings of the lowest of many independent delays are alike (exponential, Renyi 1953): one that is many times the others is a
+    late stamp's that was not deep enough to be cut.
+    """
+    lone = []
+    for at in np.flatnonzero(gap < TOUCHING_NS):
+        low, high = np.searchsorted(x, [x[at] - WINDOW_NS, x[at] + WINDOW_NS])
+        around = gap[low:high]
+        if len(around) <= MAX_OUTLYING:
+            continue
+        lowest = np.sort(np.partition(around, MAX_OUTLYING)[: MAX_OUTLYING + 1])
+        spacing = float(lowest[-1] - lowest[1]) / (MAX_OUTLYING - 1)
+        if gap[at] == lowest[0] and lowest[1] - lowest[0] > max(MIN_LONE_NS, LONE * spacing):
+            lone.append(at)
+    return np.array(lone, np.int64)
 
 
 def _judge_floor(

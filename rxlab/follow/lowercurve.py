@@ -73,8 +73,12 @@ def curve_below(x: np.ndarray, y: np.ndarray, knots: np.ndarray, penalty: float)
     limit = np.concatenate([y[vertices], np.zeros(2 * len(price))])
     cost = np.concatenate([-gain, price])
     bounds = [(None, None)] * n + [(0, None)] * len(price)
-    found = linprog(cost, A_ub=matrix, b_ub=limit, bounds=bounds, method="highs")
-    if not found.success:
+    # Seen once in thousands: the simplex method gave up on a programme that the other one solves.
+    for method in ("highs", "highs-ipm"):
+        found = linprog(cost, A_ub=matrix, b_ub=limit, bounds=bounds, method=method)
+        if found.success:
+            break
+    else:
         raise ClockError("the envelope of two clocks has no solution", found=str(found.message))
     return np.asarray(found.x[:n])
 
