@@ -21,10 +21,10 @@ KNOT_NS = 1_000_000_000
 PENALTY = 0.5
 # What the curve would be if unrest were cheaper by this tells how much of it the price decided.
 LOOSER = 3.0
-# On top of the bound's parts, and the share of the looser twin's distance: chosen so that the bound held in more than 99 % of
+# The share of the looser twin's distance in the bound, and which parts it has, were chosen so that it held in more than 99 % of
 # perturbations of recorded and simulated floors made for this purpose and never judged on; as in split conformal prediction
 # (Lei et al. 2018) nothing is assumed of how the errors are distributed.
-BOUND_FACTOR, LOOSER_SHARE = 1.05, 0.1
+LOOSER_SHARE = 0.1
 ROUNDING_NS = 3.0
 # The envelope must come this much closer to the packets than a straight line to be believed.
 MIN_GAIN_NS = 10.0
@@ -326,10 +326,17 @@ def _bound(x: np.ndarray, y: np.ndarray, knots: np.ndarray, curve: np.ndarray, l
     Where even the fastest packet of a quarter second keeps away, the floor has moved or the clock has: which cannot be told.
     """
     gap = y - np.interp(x, knots, curve)
-    lowest = window_minima(x, gap, max(4, 4 * round(float(x[-1]) / KNOT_NS)))
+    n_windows = max(4, 4 * round(float(x[-1]) / KNOT_NS))
+    lowest = window_minima(x, gap, n_windows)
+    others = gap.copy()
+    others[lowest] = np.inf
+    second = others[window_minima(x, others, n_windows)]
+    # By so much a quarter second misses its floor by chance (Renyi 1953); on a sparse floor it would be most of the gap.
+    largest = float(gap[lowest].max())
+    chance = min(float(np.median(second - gap[lowest])), largest / 8)
     # Between knots a smooth curve is off its chord by an eighth of the second difference.
     sag = float(np.abs(np.diff(curve, 2)).max(initial=0.0)) / 8
-    return ROUNDING_NS + BOUND_FACTOR * (float(gap[lowest].max()) + sag + LOOSER_SHARE * _apart(looser - curve))
+    return ROUNDING_NS + largest - chance + sag + LOOSER_SHARE * _apart(looser - curve)
 
 
 def _apart(difference: np.ndarray) -> float:
