@@ -167,9 +167,18 @@ def test_no_event_at_all_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyP
         PerfRecorder(tmp_path / "perf.data", ["net:netif_rx"])
 
 
-def test_unreadable_tracepoints_send_to_doctor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(perfrecord, "TRACEFS", (tmp_path / "nothing",))
-    with pytest.raises(CaptureError, match="rxlab doctor") as refused:
+@pytest.mark.parametrize(
+    ("error", "remedy"), [(PermissionError, "rxlab doctor"), (FileNotFoundError, "mount -t tracefs none")]
+)
+def test_tracepoints_that_cannot_be_read_name_the_remedy(
+    error: type[OSError], remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: object) -> list[str]:
+        raise error(path)
+
+    fake_tracefs(tmp_path, monkeypatch)
+    monkeypatch.setattr("rxlab.record.perfrecord.os.listdir", refuse)
+    with pytest.raises(CaptureError, match=remedy) as refused:
         capture(tmp_path / "run", iface="lo", attach=True, duration=1)
     assert "\n" not in refused.value.line()
     assert not (tmp_path / "run").exists(), "nothing was made"

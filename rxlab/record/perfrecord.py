@@ -12,7 +12,6 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -41,18 +40,31 @@ PERF_MAGIC = b"PERFILE2"
 
 def tracing_folder() -> Path:
     """Return the tracefs folder, or say in one line why it cannot be read."""
+    is_forbidden = False
     for folder in TRACEFS:
         # Not os.access(): it leaves out the capabilities of a user who is not root.
-        with suppress(OSError):
+        try:
             os.listdir(folder / "events" / "sched")
+        except PermissionError:
+            is_forbidden = True
+        except OSError:
+            continue
+        else:
             return folder
-    found = "no tracefs" if not any(folder.exists() for folder in TRACEFS) else "permission denied"
+    if is_forbidden:
+        raise CaptureError(
+            "the kernel's tracepoints cannot be read",
+            where=str(TRACEFS[0]),
+            found="permission denied",
+            expected="root, or CAP_PERFMON with CAP_DAC_READ_SEARCH",
+            do="Use sudo, or run 'rxlab doctor' for the commands that help.",
+        )
+    # After a boot nothing has mounted it yet: perf does when it first needs it.
     raise CaptureError(
         "the kernel's tracepoints cannot be read",
         where=str(TRACEFS[0]),
-        found=found,
-        expected="root, or CAP_PERFMON with CAP_DAC_READ_SEARCH",
-        do="Use sudo, or run 'rxlab doctor' for the commands that help.",
+        found="no tracefs mounted",
+        do=f"As root: mount -t tracefs none {TRACEFS[0]}.",
     )
 
 
