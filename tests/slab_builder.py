@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -32,11 +33,10 @@ def slabs_of(
     edges = [int(time[0]), *(int(time[len(time) * k // n]) for k in range(1, n)), 2**62]
 
     def parts() -> Iterator[dict[str, Columns]]:
-        for low, high in zip(edges[:-1], edges[1:], strict=True):
-            yield {
-                name: columns.take((columns["time"] >= low) & (columns["time"] < high))
-                for name, columns in seen.items()
-            }
+        cuts = {name: np.searchsorted(columns["time"], edges) for name, columns in seen.items()}
+        for low, high in pairwise(range(n + 1)):
+            part = {name: columns.take(slice(*cuts[name][[low, high]])) for name, columns in seen.items()}
+            yield {name: columns for name, columns in part.items() if columns.n}
 
     received, flows = received_packets(packets, machine)
     pieces = (received.take(slice(at, at + piece)) for at in range(0, received.n, piece))

@@ -107,7 +107,7 @@ def hidden_windows(
     blind : int64 array, dims (window, 4)
         The blind windows, as :func:`blind_windows` gives them.
     """
-    return combine_windows(lost_windows((_samples(events),), lost, records), blind_windows(events))
+    return combine_windows(lost_windows((_samples(events) for _ in range(1)), lost, records), blind_windows(events))
 
 
 def combine_windows(

@@ -418,12 +418,12 @@ def comm_of(events: Mapping[str, Columns], tid: np.ndarray) -> tuple[np.ndarray,
 def _judge(rows: StageTable, columns: Columns, required: np.ndarray, evidence: Evidence) -> Columns:
     """Give every row a status; return the columns with it."""
     status, drop_reason, reasons_table = give_statuses(rows, columns, required, evidence)
-    time_order = ORDER_INDEX[columns["path_kind"]]
-    seen = np.take_along_axis(rows.time, time_order, axis=1) != NAT
-    seen[:, 0] = (
-        False  # the NIC's stamp is no stage of the kernel: nic_latency is measured from it, total_latency is not
-    )
-    t0 = np.where(seen.any(axis=1), time_order[np.arange(columns.n), seen.argmax(axis=1)], -1).astype(np.int8)
+    t0 = np.full(columns.n, -1, np.int8)
+    for kind in np.unique(columns["path_kind"]).tolist():
+        mine = np.flatnonzero(columns["path_kind"] == kind)
+        # The NIC's stamp is no stage of the kernel: nic_latency is measured from it, total_latency is not.
+        for stage in ORDER_INDEX[kind][:0:-1]:
+            t0[mine[rows.time[mine, stage] != NAT]] = stage
     trusted = columns["is_data"] & rows.seen("recvmsg") & np.isin(np.asarray(STATUSES)[status], TRUSTED)
     columns = columns.with_columns(status=status, drop_reason=drop_reason, t0_stage=t0, trusted=trusted)
     columns.attrs["categories"]["drop_reason"] = reasons_table

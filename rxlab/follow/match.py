@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 
 from rxlab.follow.asof import pick
 from rxlab.read.compiler import njit
@@ -243,7 +244,9 @@ def _flow_groups(event: np.ndarray, flow: np.ndarray, flow_hash: np.ndarray) -> 
     rows = rows[flow_hash[event[rows]] > 0]
     if not len(rows):
         return None
-    pairs, count = np.unique(np.stack([flow[rows], flow_hash[event[rows]]]), axis=1, return_counts=True)
+    codes, hashes = pd.factorize(flow_hash[event[rows]])
+    keys, count = np.unique(flow[rows].astype(np.int64) * len(hashes) + codes, return_counts=True)
+    pairs = np.stack([keys // len(hashes), hashes[keys % len(hashes)]])
     total = np.bincount(flow[rows], minlength=int(flow.max()) + 1)
     if len(np.unique(pairs[0])) == pairs.shape[1] and (event >= 0).all():
         return None

@@ -14,18 +14,60 @@ import numpy as np
 from rxlab.read.columns import Columns
 from rxlab.stages import SUBSTITUTES
 
+# The fields that the join looks at, of any event; what is taken of an event is taken of each of its columns.
+FIELDS = frozenset(
+    [
+        "time",
+        "rank",
+        "cpu",
+        "pid",
+        "tid",
+        "common_flags",
+        "name",
+        "skbaddr",
+        "len",
+        "protocol",
+        "vlan_tagged",
+        "queue_mapping",
+        "hash",
+        "l4_hash",
+        "gso_size",
+        "vec",
+        "irq",
+        "field_cpu",
+        "func",
+        "csd",
+        "skaddr",
+        "sport",
+        "dport",
+        "data_len",
+        "snd_una",
+        "family",
+        "sk",
+        "ret",
+        "flags",
+        "field_pid",
+        "prev_pid",
+        "prev_state",
+        "next_pid",
+        "next_comm",
+        "reason",
+        "newstate",
+        "res",
+    ]
+)
 RECEIVE = "sock:sock_recv_length"
 PROBE = "tcp:tcp_probe"
 _AF_INET, _TCP, _UDP = 2, 6, 17
 
 
 def as_on_newer_kernels(events: Mapping[str, Columns], recorded: Set[str] | None = None) -> dict[str, Columns]:
-    """Return the events with the receive calls of :data:`RECEIVE`, and without those that cannot be linked.
+    """Return the events with the receive calls of :data:`RECEIVE`, and without those that cannot be linked; :data:`FIELDS` only.
 
     `recorded` are the events that the whole recording has, where these are a part of it.
     """
     recorded = {name for name in events if events[name].n} if recorded is None else recorded
-    completed = dict(events)
+    completed = {name: _of_fields(columns) for name, columns in events.items()}
     if PROBE in events and events[PROBE].n and "skbaddr" not in events[PROBE]:
         del completed[PROBE]
     if RECEIVE not in recorded:
@@ -33,6 +75,10 @@ def as_on_newer_kernels(events: Mapping[str, Columns], recorded: Set[str] | None
         if calls:
             completed[RECEIVE] = _receive_calls(calls)
     return completed
+
+
+def _of_fields(columns: Columns) -> Columns:
+    return Columns({name: array for name, array in columns.items() if name in FIELDS}, columns.attrs)
 
 
 def _receive_calls(calls: list[Columns]) -> Columns:

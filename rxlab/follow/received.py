@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import pandas as pd
 
 from rxlab.follow.consumption import unwrap_sequence
 from rxlab.follow.handshake import handshake_kinds
@@ -54,7 +55,8 @@ class FlowsSeen:
         """Return the packets of the next piece that came in, each with its ``row`` among all of them and its flow's ``key``."""
         received = packets.take(np.flatnonzero(is_received(packets, machine)))
         key = np.where(received["flow"] >= 0, received["flow"].astype(np.int64) * 2 + received["flow_dir"], -1)
-        numbers, first = np.unique(key, return_index=True)
+        first = np.flatnonzero(~pd.Series(key).duplicated().to_numpy())
+        numbers = key[first]
         new = (numbers >= 0) & ~np.isin(numbers, self._keys)
         self._keys = np.concatenate((self._keys, numbers[new]))
         heads = received.take(first[new])

@@ -36,8 +36,10 @@ def consume_streams(result: Consumption, path: KernelPath, segments: Segments) -
         number = int(copy_flow[rows[0]])
         first, stop = np.searchsorted(flow[by_flow], [number, number + 1])
         mine = StreamCopies(rows, copy_start[rows], copies["len"][rows].astype(np.int64), whole[rows])
-        mine = _without_foreign(mine, copies["doubtful"][rows])
-        result.copied_from[np.setdiff1d(rows, mine.rows)] = -1
+        own = _own_copies(mine, copies["doubtful"][rows])
+        if not own.all():
+            result.copied_from[rows[~own]] = -1
+            mine = StreamCopies(*(column[own] for column in (rows, mine.start, mine.length, mine.whole)))
         _consume_stream(result, by_flow[first:stop], mine, segments, rx_rank)
     return StreamLinks(copy_start, copy_flow, since)
 
@@ -53,14 +55,14 @@ class StreamCopies:
     whole: np.ndarray
 
 
-def _without_foreign(copies: StreamCopies, doubtful: np.ndarray) -> StreamCopies:
-    """Leave out copies that go back in the stream and whose call does not add up.
+def _own_copies(copies: StreamCopies, doubtful: np.ndarray) -> np.ndarray:
+    """Tell which copies are of this stream: not those that go back in it and whose call does not add up.
 
-    They were never of this stream: their skb address is one that the stream used before.
+    Their skb address is one that the stream used before.
     """
     end = copies.start + copies.length
-    keep = ~(doubtful & (copies.start < np.maximum.accumulate(end) - copies.length))
-    return StreamCopies(copies.rows[keep], copies.start[keep], copies.length[keep], copies.whole[keep])
+    own: np.ndarray = ~(doubtful & (copies.start < np.maximum.accumulate(end) - copies.length))
+    return own
 
 
 def _consume_stream(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from rxlab.follow import gates
 from rxlab.follow.asof import pick
@@ -95,7 +96,7 @@ class Tally:
             _new_bytes(columns, np.flatnonzero(consumed & (columns["flow"] >= 0)), evidence.so_far.read, flows.n),
             np.bincount(from_flow[from_flow >= 0], weights=moved, minlength=flows.n).astype(np.int64),
             flows["proto"] == TCP,
-            np.unique(residual[residual != NAT], return_counts=True),
+            _counted(residual[residual != NAT]),
             blind,
             gates.blind_tasks(evidence.events, blind),
         )
@@ -123,6 +124,13 @@ class Tally:
         return float(low + (high - low) * (at - np.floor(at)))
 
 
+def _counted(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the values that occur, in order, and how often; few of many: by hashing."""
+    codes, found = pd.factorize(values)
+    order = np.argsort(found)
+    return found[order], np.bincount(codes, minlength=len(found))[order]
+
+
 def clock_told(clock: ClockMap, place: StampPlace, tally: Tally) -> ClockMap:
     """Return the clock map with where the stamps were taken, and how far they lay from their events."""
     quantiles = {q: tally.quantile(q) for q in RESIDUAL_QUANTILES} if len(tally.residual[0]) else {}
@@ -139,13 +147,22 @@ def _new_bytes(columns: Columns, rows: np.ndarray, before: Columns, n_flows: int
 
 def _coverage(followed: Followed, mine: np.ndarray) -> Columns:
     """Count per stage: expected, seen, and why the rest is missing."""
-    required, time, columns = followed.required[mine], followed.rows.time[mine], followed.columns.take(mine)
+    required, time, columns = followed.required, followed.rows.time, followed.columns
+    if not mine.all():
+        required, time, columns = required[mine], time[mine], columns.take(mine)
     seen, status = time != NAT, columns["status"]
-    counts = {"expected": required, "matched": required & seen, "seen": seen}
-    for code, name in enumerate(STATUSES):
-        counts[name] = required & ~seen & (status == code)[:, None]
-    sums = {name: count.sum(axis=0).astype(np.int64) for name, count in counts.items()}
-    return Columns({**sums, "doubtful": doubtful_stages(required, time, columns)})
+    missing = required & ~seen
+    why = np.stack(
+        [np.bincount(status[missing[:, stage]], minlength=len(STATUSES)) for stage in range(missing.shape[1])], axis=1
+    )
+    counts = {
+        "expected": required.sum(axis=0),
+        "matched": (required & seen).sum(axis=0),
+        "seen": seen.sum(axis=0),
+        **dict(zip(STATUSES, why, strict=True)),
+        "doubtful": doubtful_stages(required, time, columns),
+    }
+    return Columns({name: count.astype(np.int64) for name, count in counts.items()})
 
 
 def give_verdict(
@@ -232,8 +249,8 @@ def _misfit_calls(packets: Columns, taken: Consumption, largest: int) -> np.ndar
     is_udp, length = claimed & (packets["proto"] == UDP), packets["payload_len"]
     # A short buffer cuts datagrams to its own size, the largest that any call returns.
     misfit = is_udp & ((returned > length) | ((returned < length) & (returned < returned[is_udp].max(initial=largest))))
-    calls, count = np.unique(taken.receive[is_udp], return_counts=True)
-    misfit |= is_udp & np.isin(taken.receive, calls[count > 1])
+    packets_of = np.bincount(taken.receive[is_udp], minlength=taken.receives.n + 1)
+    misfit |= is_udp & (packets_of[taken.receive] > 1)
     copied = claimed & (taken.last_copy >= 0) & ~taken.anchors_disagree
     misfit |= copied & (pick(taken.copies["call"], taken.last_copy, -1) != taken.receive)
     rows = np.flatnonzero(copied & (taken.first_copy >= 0))
