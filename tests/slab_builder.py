@@ -46,6 +46,7 @@ def slabs_of(
     return Recording(
         parts(),
         pieces,
+        received.n,
         flows,
         {name: events[name].n > 0 for name in events},
         (int(time[0]), int(time[-1])),

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rxlab.dataset import store
 from rxlab.dataset.run import clock_of, machine_of, open_run
 from rxlab.errors import UsageError
 from rxlab.follow import carry, slabs
@@ -40,7 +41,7 @@ def in_slabs(world: World, n: int, reach: Reach = SHORT) -> Joined:
         # The reader is far behind: most packets wait across several slabs.
         {"proto": "tcp", "rps": True, "mean_gap_ns": 4_000, "work_ns": 25_000},
         {"proto": "udp", "rps": True, "mean_gap_ns": 4_000, "work_ns": 25_000},
-        {"proto": "tcp", "merge_share": 0.3, "behind_ack": True, "gro": 4, "read_size": 10, "n": 80},
+        {"proto": "tcp", "merge_share": 0.3, "behind_ack": True, "gro": 4, "read_size": 10, "n": 50},
         {"proto": "tcp", "flows": 4, "readers": 2, "read_size": 700, "mean_gap_ns": 5_000},
         {
             "proto": "tcp",
@@ -55,14 +56,14 @@ def in_slabs(world: World, n: int, reach: Reach = SHORT) -> Joined:
     ],
 )
 def test_any_cut_gives_the_same_rows(recipe: dict[str, Any]) -> None:
-    world = simulate(**{"n": 200, **recipe})
+    world = simulate(**{"n": 150, **recipe})
     whole = run(world)
-    for n in (3, 11, 40):
+    for n in (3, 17):
         assert differences(whole, in_slabs(world, n)) == {}
 
 
-@given(recipe=worlds(), n=st.integers(2, 40), reach=st.sampled_from([MS, 5 * MS]))
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(recipe=worlds(), n=st.integers(2, 20), reach=st.sampled_from([MS, 5 * MS]))
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_clean_world_is_the_same_in_slabs(recipe: dict[str, Any], n: int, reach: int) -> None:
     # A reader that is behind reads on long after the last packet; more of them would only take longer.
     world = simulate(**recipe)
@@ -73,26 +74,30 @@ def test_any_clean_world_is_the_same_in_slabs(recipe: dict[str, Any], n: int, re
 def test_recorded_runs_are_the_same_in_slabs(name: str) -> None:
     whole = open_run(DATA / name)
     clock, machine = clock_of(whole.rundir), machine_of(whole.run, whole.host)
-    for n in (2, 20):
+    for n in (9,):
         events = {event: whole.perf.events[event] for event in whole.perf.events}
         recording = slabs_of(events, whole.packets, machine, n, piece=97)
         joined = join_in_slabs(recording, clock, machine, Reach(20 * MS, 20 * MS, first=5))
         assert differences(whole.joined, joined) == {}
 
 
-@pytest.mark.parametrize("name", ["tcp-rps-off", "udp-rps-on"])
-def test_a_run_analysed_in_chunks_is_the_same_dataset(name: str) -> None:
-    """Read from its files in pieces, judged by its log and the counters, laid out: nothing differs."""
-    whole, chunked = open_run(DATA / name), open_run(DATA / name, chunks=1_000)
-    assert chunked.analyze().identical(whole.analyze())
+def test_a_run_analysed_in_chunks_is_the_same_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read from its files in pieces, judged by its log and the counters, written in blocks: nothing differs."""
+    whole, chunked = open_run(DATA / "udp-rps-on"), open_run(DATA / "udp-rps-on", chunks=2_000)
     assert chunked.verify() == whole.verify()
     assert chunked.missing_stages() == whole.missing_stages()
+    expected = whole.analyze()
+    monkeypatch.setattr(store, "BLOCK", 97)
+    written = chunked.analyze(tmp_path / "chunked.nc")
+    assert written.equals(expected)
+    assert all(written.attrs[name] == expected.attrs[name] for name in ("verdict", "reasons", "gates"))
+    assert written["packets/comm"].attrs["flag_meanings"] == expected["packets/comm"].attrs["flag_meanings"]
 
 
 def test_lost_events_leave_only_true_rows_in_slabs() -> None:
     """A slab knows less of what comes later, so fewer rows may be certain; none is wrong, and the run is never trusted."""
-    for seed, proto, burst in ((0, "tcp", 1), (1, "udp", 30), (2, "tcp", 30), (3, "udp", 1)):
-        world = simulate(seed=seed, proto=proto, n=400, mean_gap_ns=8_000, lost_share=0.1, lost_burst=burst)
+    for seed, proto, burst in ((0, "tcp", 1), (1, "udp", 30)):
+        world = simulate(seed=seed, proto=proto, n=300, mean_gap_ns=8_000, lost_share=0.1, lost_burst=burst)
         whole, joined = run(world), in_slabs(world, 13)
         assert joined.verdict != "trusted"
         assert not wrong(joined, world).any()

@@ -94,6 +94,7 @@ class LargeRun:
         return Recording(
             self._events(to_monotonic),
             self._packets(),
+            self._flows.n_packets,
             self._flows.flows(),
             {name: bool(count) for name, count in counts.items()},
             (first, last),

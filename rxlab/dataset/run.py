@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -15,6 +16,7 @@ import xarray as xr
 
 from rxlab import rundir
 from rxlab.dataset import accessor as accessor  # gives trees and sweeps their .rx
+from rxlab.dataset.blocks import save_in_blocks
 from rxlab.dataset.largerun import DEFAULT_CHUNKS, LARGE_BYTES, LargeRun, ToMonotonic, losses_on
 from rxlab.dataset.store import build, open_dataset, read_app_logs, save
 from rxlab.errors import ClockError, FormatError, TruncatedFileError, UsageError
@@ -146,7 +148,8 @@ class Run:
         clock = replace(clock, bound_ns=clock.bound_ns + bound, perf_clock=str(large.perf.meta.get("clock") or ""))
         damage = damage_of(large.perf.meta, large.capture, large.n_packets)
         recording = large.recording(to_monotonic, lost_of(large.perf), damage)
-        return join_in_slabs(recording, clock, machine_of(self.run, self.host))
+        folder = self.path if os.access(self.path, os.W_OK) else tempfile.gettempdir()
+        return join_in_slabs(recording, clock, machine_of(self.run, self.host), folder=folder)
 
     def missing_stages(self) -> list[str]:
         """Return the stages this recording cannot show, for want of their events."""
@@ -173,13 +176,16 @@ class Run:
             Groups ``/packets /hops /flows /coverage /clocks /counters /app`` (docs/schema.md). A run recorded without
             trace has only the last two.
         """
-        tree = build(
-            self.joined if self.is_traced else None,
-            run=self.run,
-            host=self.host,
-            counters=self.counters,
-            app_latency=read_app_logs(self.rundir),
-        )
+        joined = self.joined if self.is_traced else None
+        facts: dict[str, Any] = {
+            "run": self.run,
+            "host": self.host,
+            "counters": self.counters,
+            "app_latency": read_app_logs(self.rundir),
+        }
+        if joined is not None and self.chunks is not None and out is not None:
+            return open_dataset(save_in_blocks(joined, out, **facts))
+        tree = build(joined, **facts)
         if out is not None:
             save(tree, out)
         return tree

@@ -10,6 +10,7 @@ import ipaddress
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import xarray as xr
 from rxlab.dataset import schema
 from rxlab.dataset.moves import reader_moves
 from rxlab.dataset.steering import delivered, predicted_cpus, rps_maps
+from rxlab.dataset.writing import write, written
 from rxlab.errors import FormatError, RxlabError
 from rxlab.follow.stagetrust import stage_verdicts
 from rxlab.read.columns import Columns
@@ -48,6 +50,7 @@ def build(
     host: Mapping[str, Any],
     counters: Mapping[str, Any] | None = None,
     app_latency: Mapping[str, Any] | None = None,
+    rows: slice = slice(None),
 ) -> xr.DataTree:
     """Lay a run out as labelled groups.
 
@@ -59,6 +62,8 @@ def build(
         Contents of run.json, host.json and counters.json.
     app_latency : dict, optional
         ``"server"``, ``"client"`` and ``"moves"``: the workload's own logs as arrays with named fields (:func:`read_app_logs`).
+    rows : slice, optional
+        Only these packets in /packets and /hops; the other groups tell of all.
 
     Returns
     -------
@@ -68,8 +73,7 @@ def build(
     groups: dict[str, xr.Dataset] = {"/": xr.Dataset(attrs=_root_attrs(joined, run, host))}
     if joined is not None:
         offset = int(joined.clock.offset_ns)
-        groups["packets"] = _packets(joined, run, host, offset)
-        groups["hops"] = _hops(joined)
+        groups |= packet_groups(joined, run, host, rows)
         groups["flows"] = _flows(joined)
         groups["coverage"] = _coverage(joined)
         groups["clocks"] = _clocks(joined.clock, offset)
@@ -85,23 +89,20 @@ def build(
     return tree
 
 
-def save(tree: xr.DataTree, path: str | os.PathLike[str]) -> Path:
-    """Write a tree as netCDF4, compressed, mode 0600, whole or not at all.
+def packet_groups(
+    joined: Any, run: Mapping[str, Any], host: Mapping[str, Any], rows: slice = slice(None)
+) -> dict[str, xr.Dataset]:
+    """Lay out /packets and /hops of some packets."""
+    if rows != slice(None):
+        joined = replace(joined, time=joined.time[rows], cpu=joined.cpu[rows], packets=joined.packets.take(rows))
+    return {"packets": _packets(joined, run, host, int(joined.clock.offset_ns)), "hops": _hops(joined)}
 
-    Columns are chunked one stage or hop at a time, so that reading one of them touches only its bytes.
-    """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
-    try:
-        encoding = {node.path: {str(n): _encoding(node.variables[n]) for n in node.variables} for node in tree.subtree}
-        tree.to_netcdf(temporary, engine="h5netcdf", encoding=encoding)
-        with open(temporary, "rb+") as stream:
-            os.fsync(stream.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return target
+
+def save(tree: xr.DataTree, path: str | os.PathLike[str]) -> Path:
+    """Write a tree as netCDF4, compressed, mode 0600, whole or not at all."""
+    with written(path) as temporary:
+        write(tree, temporary)
+    return Path(path)
 
 
 def open_dataset(path: str | os.PathLike[str]) -> xr.DataTree:
@@ -145,21 +146,6 @@ def read_app_logs(rundir: RunDir) -> dict[str, Any]:
     if rundir.has(PYPERF_JSON):
         logs["pyperf"] = read_pyperf(rundir.file(PYPERF_JSON))
     return logs
-
-
-def _encoding(variable: Any) -> dict[str, Any]:
-    """Return the netCDF encoding of one variable: exact timestamps, no fill values where codes say it, compression."""
-    encoding: dict[str, Any] = {}
-    if variable.dtype.kind == "M":
-        encoding = {"units": "nanoseconds since 1970-01-01", "dtype": "int64", "_FillValue": NAT}
-    elif variable.dtype.kind in "iub":
-        encoding = {"_FillValue": None}
-    if variable.dtype.kind in "iufbM" and variable.ndim and variable.size:
-        rows = min(variable.shape[0], 1 << 17)
-        encoding.update(zlib=True, complevel=1, shuffle=True, chunksizes=(rows,) + (1,) * (variable.ndim - 1))
-        if variable.shape[0] < 256:
-            encoding["chunksizes"] = variable.shape
-    return encoding
 
 
 def _root_attrs(joined: Any, run: Mapping[str, Any], host: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class FlowsSeen:
     def __init__(self) -> None:
         self._keys = np.empty(0, np.int64)
         self._heads: list[Columns] = []
-        self._rows = 0
+        self.n_packets = 0
 
     @property
     def n(self) -> int:
@@ -61,8 +61,8 @@ class FlowsSeen:
         self._keys = np.concatenate((self._keys, numbers[new]))
         heads = received.take(first[new])
         self._heads.append(Columns({name: heads[name] for name in _FLOW_NAMES}))
-        row = self._rows + np.arange(received.n)
-        self._rows += received.n
+        row = self.n_packets + np.arange(received.n)
+        self.n_packets += received.n
         return received.with_columns(key=key, row=row)
 
     def number(self, received: Columns) -> Columns:

@@ -6,6 +6,7 @@ its reader longer than that is told of again when it was read.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -25,6 +26,7 @@ from rxlab.follow.pairing import StampPlace
 from rxlab.follow.queues import Earlier, Fed
 from rxlab.follow.received import Machine
 from rxlab.follow.repeats import last_pieces
+from rxlab.follow.rowtable import RowTable
 from rxlab.follow.status import FlowsSoFar, pieces_with
 from rxlab.follow.verdict import Tally, clock_told, give_verdict
 from rxlab.read.columns import Columns
@@ -65,6 +67,7 @@ class Recording:
         The events of each slab, in order of time, ``rank`` going on from slab to slab.
     packets : iterable of Columns
         The received packets in pieces, as :func:`rxlab.follow.received.received_packets` gives them.
+    n_packets : int
     flows : Columns, dims (flow,)
     asked : mapping of str to bool
         The events that were asked for, and of which there are any.
@@ -79,6 +82,7 @@ class Recording:
 
     events: Iterable[Mapping[str, Columns]]
     packets: Iterable[Columns]
+    n_packets: int
     flows: Columns
     asked: Mapping[str, bool]
     span: tuple[int, int]
@@ -390,28 +394,32 @@ def _rank_at(events: Mapping[str, Columns], time: int) -> int:
     return min(ranks, default=FOREVER)
 
 
-def join_in_slabs(recording: Recording, clock: ClockMap, machine: Machine, reach: Reach | None = None) -> Joined:
-    """Join a recording slab by slab and return all rows at once: for a recording whose events do not fit in memory."""
-    slabs = SlabJoin(recording, clock, machine, reach)
-    parts = list(slabs)
-    joined = slabs.result()
-    row = np.concatenate([part.row for part in parts])
-    # A row that came again replaces the one before.
-    rows = np.flatnonzero(last_of_group(row))
-    rows = rows[np.argsort(row[rows])]
-    packets = parts[0].packets
-    for part in parts[1:]:
-        packets = packets.followed_by(part.packets)
-    packets = packets.take(rows)
-    comm, comms = slabs.comm_of(packets["tid"])
+def join_in_slabs(
+    recording: Recording,
+    clock: ClockMap,
+    machine: Machine,
+    reach: Reach | None = None,
+    folder: str | os.PathLike[str] | None = None,
+) -> Joined:
+    """Join a recording slab by slab.
+
+    Parameters
+    ----------
+    recording : Recording
+    clock : ClockMap
+    machine : Machine
+    reach : Reach, optional
+    folder : path-like, optional
+        Where the rows are kept (:class:`rxlab.follow.rowtable.RowTable`), None: in memory.
+    """
+    slabs, table = SlabJoin(recording, clock, machine, reach), RowTable(recording.n_packets, folder)
+    for part in slabs:
+        table.write(part.row, {"stage_time": part.time, "stage_cpu": part.cpu, **part.packets})
+    joined, rows = slabs.result(), slice(None)
+    comm, comms = slabs.comm_of(table.columns["tid"])
+    table.write(rows, {"comm": comm})
     row, accepted = slabs.accepted()
-    accept_time = packets["accept_time"].copy()
-    accept_time[row] = accepted
-    packets = packets.with_columns(comm=comm, accept_time=accept_time)
-    packets.attrs["categories"] = {"comm": comms, "drop_reason": slabs.drop_reasons}
-    return replace(
-        joined,
-        time=np.concatenate([part.time for part in parts])[rows],
-        cpu=np.concatenate([part.cpu for part in parts])[rows],
-        packets=packets,
-    )
+    table.write(row, {"accept_time": accepted})
+    time, cpu = table.columns.pop("stage_time"), table.columns.pop("stage_cpu")
+    packets = Columns(table.columns, {"categories": {"comm": comms, "drop_reason": slabs.drop_reasons}})
+    return replace(joined, time=time, cpu=cpu, packets=packets)

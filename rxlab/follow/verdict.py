@@ -245,6 +245,8 @@ def _misfit_calls(packets: Columns, taken: Consumption, largest: int) -> np.ndar
     A copy belongs to the call that follows it in its task, a call returns one datagram, and a stream is copied in its order.
     """
     claimed = taken.receive >= 0
+    if not taken.receives.n:
+        return claimed
     returned = pick(taken.receives["ret"].astype(np.int64), taken.receive, 0)
     is_udp, length = claimed & (packets["proto"] == UDP), packets["payload_len"]
     # A short buffer cuts datagrams to its own size, the largest that any call returns.
