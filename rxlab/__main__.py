@@ -312,7 +312,7 @@ def show(
 ) -> None:
     """Print the life of one packet, hop by hop."""
     from rxlab.dataset.run import open_run
-    from rxlab.show.life import packet_life
+    from rxlab.show.life import run_packet_life
     from rxlab.show.text import slowest_packets
 
     if functions:
@@ -332,7 +332,7 @@ def show(
     if packet is None:
         print(slowest_packets(opened.tree, slowest))
     else:
-        print(packet_life(opened.tree, packet, opened.events if opened.is_traced else None))
+        print(run_packet_life(opened, packet))
 
 
 @app.command()

@@ -16,6 +16,7 @@ from rxlab.errors import TruncatedFileError
 from rxlab.follow.clockfit import NAT
 from rxlab.follow.verify import calls_of_packets, read_app_log
 from rxlab.rundir import APP_LOG_STRUCT
+from rxlab.show.life import run_packet_life
 from rxlab.stages import ATTRIBUTIONS, STAGE_INDEX
 
 RECV = STAGE_INDEX["recvmsg"]
@@ -88,6 +89,25 @@ def test_an_older_kernel_shows_fewer_stages_of_the_same_path() -> None:
     assert not seen[:, [STAGE_INDEX["tcp_rcv"], STAGE_INDEX["data_ready"]]].any()
     for stage in ("hardirq", "softirq", "netif_receive_skb", "switch_in", "copy", "recvmsg"):
         assert seen[:, STAGE_INDEX[stage]].mean() >= 0.95, stage
+
+
+def test_a_packets_life_is_the_same_where_only_its_slabs_are_read() -> None:
+    whole, part = (open_run(DATA / "tcp-rps-on", chunks=chunks) for chunks in (None, 1500))
+    rows = np.flatnonzero(whole.joined.packets["trusted"])[[3, 200, -3]]
+    for frame in whole.joined.packets["pcap_frame"][rows].tolist():
+        lines, told = (run_packet_life(run, frame).split("\n") for run in (whole, part))
+        cut = next(line for line in told if "since first" in line).index("recording")
+        # What an event costs is found from the events at hand: every other column is the same.
+        assert [line[:cut] + line[cut + 9 :] for line in told[:-1]] == [
+            line[:cut] + line[cut + 9 :] for line in lines[:-1]
+        ]
+        count = [line.split(" on these CPUs")[0] for line in (lines[-1], told[-1])]
+        assert count[0] == count[1]
+    time = whole.joined.time[rows[1]]
+    near = part.events_around(int(time[time > 0].min()), int(time.max()))
+    assert (
+        0 < sum(columns.n for columns in near.values()) < sum(columns.n for columns in whole.perf.events.values()) / 3
+    )
 
 
 def test_http_request_is_followed_to_its_reader() -> None:

@@ -14,7 +14,7 @@ from rxlab.follow.received import FlowsSeen, Machine, StreamPositions
 from rxlab.follow.slabs import Recording
 from rxlab.read.columns import Columns
 from rxlab.read.pcap import read_pcap
-from rxlab.read.perfdata import read_perfdata
+from rxlab.read.perfdata import PerfData, read_perfdata
 from rxlab.stages import STAGES, SUBSTITUTES
 
 ToMonotonic = Callable[[np.ndarray], np.ndarray]
@@ -134,6 +134,26 @@ class LargeRun:
             received = positions.place(self._flows.number(numbers.take(piece, self._machine)))
             self._places.append(Columns({name: received[name] for name in PLACES}))
             yield Columns({name: received[name] for name in PACKET})
+
+
+def slabs_around(perf: PerfData, to_monotonic: ToMonotonic | None, first_ns: int, last_ns: int) -> dict[str, Columns]:
+    """Return the events of the slabs that reach into a span of CLOCK_MONOTONIC, one slab at a time decoded."""
+    found: dict[str, Columns] = {}
+    for part in perf.iter_chunks():
+        _, time = part.samples()
+        if not len(time):
+            continue
+        ends = np.array([time.min(), time.max()])
+        low, high = (ends if to_monotonic is None else to_monotonic(ends)).tolist()
+        if high < first_ns or low > last_ns:
+            continue
+        for name, columns in part.load().events.items():
+            if columns.n:
+                told = set(columns.attrs.get("categories", {}))
+                kept = Columns({field: array for field, array in columns.items() if field not in told})
+                kept = kept if to_monotonic is None else kept.with_columns(time=to_monotonic(kept["time"]))
+                found[name] = found[name].followed_by(kept) if name in found else kept
+    return found
 
 
 def losses_on(lost: Columns, to_monotonic: ToMonotonic) -> Columns:

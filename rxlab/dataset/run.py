@@ -17,7 +17,7 @@ import xarray as xr
 from rxlab import rundir
 from rxlab.dataset import accessor as accessor  # gives trees and sweeps their .rx
 from rxlab.dataset.blocks import save_in_blocks
-from rxlab.dataset.largerun import DEFAULT_CHUNKS, LARGE_BYTES, LargeRun, ToMonotonic, losses_on
+from rxlab.dataset.largerun import DEFAULT_CHUNKS, LARGE_BYTES, LargeRun, ToMonotonic, losses_on, slabs_around
 from rxlab.dataset.store import build, open_dataset, read_app_logs, save
 from rxlab.errors import ClockError, FormatError, TruncatedFileError, UsageError
 from rxlab.follow.align import align_recordings
@@ -105,6 +105,17 @@ class Run:
     def events(self) -> Mapping[str, Columns]:
         """The kernel events with their times on CLOCK_MONOTONIC, as the join takes them."""
         return on_monotonic(self.perf, self.rundir)[0]
+
+    def events_around(self, first_ns: int, last_ns: int) -> Mapping[str, Columns]:
+        """Return the events around a span of CLOCK_MONOTONIC: all of them, of a large run only the slabs that reach into it.
+
+        Text columns whose codes are a slab's own are left out of a large run's.
+        """
+        return self.events if self.chunks is None else slabs_around(*self._slabs(), first_ns, last_ns)
+
+    def _slabs(self) -> tuple[PerfData, ToMonotonic | None]:
+        perf = read_perfdata(self.rundir.file(PERF_DATA), chunks=self.chunks)
+        return perf, clock_of_events(perf, self.rundir)[0]
 
     @cached_property
     def packets(self) -> Columns:

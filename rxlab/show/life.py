@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -19,6 +20,8 @@ from rxlab.stages import STAGE_INDEX, STAGES, SUBSTITUTES
 
 # common_flags of a sample (include/linux/trace_events.h): the task it was taken in was interrupted, not at work.
 _HARDIRQ, _SOFTIRQ = 0x08, 0x10
+# How long after its last stage a dropped packet's skb is looked for.
+FREED_WITHIN_NS = 10_000_000
 _WOKEN = ("sched:sched_waking", "sched:sched_wakeup")
 
 
@@ -110,6 +113,21 @@ def _task_at(events: Mapping[str, Columns], names: TaskNames, hop: Hop, time: in
             told += f" wakes {names.label(reader, hop.cpu)}"
         return told
     return ""
+
+
+def run_packet_life(run: Any, frame: int) -> str:
+    """Return the life of a packet of a :class:`rxlab.Run`, with what its recording tells where that is at hand."""
+    tree = run.tree
+    if not run.is_traced:
+        return packet_life(tree, frame)
+    packet = packets_of(tree).isel(packet=row_of_frame(tree, frame))
+    times = packet["time"].values[~np.isnat(packet["time"].values)].view(np.int64)
+    if not len(times):
+        return packet_life(tree, frame)
+    offset = int(tree["clocks"].to_dataset()["axis_offset"])
+    return packet_life(
+        tree, frame, run.events_around(int(times.min()) - offset, int(times.max()) - offset + FREED_WITHIN_NS)
+    )
 
 
 def packet_life(tree: xr.DataTree, frame: int, events: Mapping[str, Columns] | None = None) -> str:
@@ -225,7 +243,8 @@ def _freed_at(tree: xr.DataTree, packets: xr.Dataset, last: str, events: Mapping
         return ""
     offset = int(tree["clocks"].to_dataset()["axis_offset"])
     since = int(packets["time"].values[STAGE_INDEX[last]].view(np.int64)) - offset
-    rows = np.flatnonzero((freed["skbaddr"].astype(np.uint64) == np.uint64(packets["skb"])) & (freed["time"] >= since))
+    is_near = (freed["time"] >= since) & (freed["time"] <= since + FREED_WITHIN_NS)
+    rows = np.flatnonzero(is_near & (freed["skbaddr"].astype(np.uint64) == np.uint64(packets["skb"])))
     if not len(rows):
         return ""
     row = rows[np.argmin(freed["time"][rows])]
