@@ -14,6 +14,7 @@ from rxlab.stages import STAGE_NAMES, STATUSES
 # What a stage can be: no packet of the run must show it; or as the run itself (dataset/schema.py names the codes from here).
 STAGE_VERDICTS = ("not_required", "trusted", "degraded", "refused")
 MAX_DOUBTFUL = 0.01
+_FLAGGED = [STATUSES.index(name) for name in FLAGGED]
 
 
 def doubtful_stages(required: np.ndarray, time: np.ndarray, columns: Columns) -> np.ndarray:
@@ -33,9 +34,9 @@ def doubtful_stages(required: np.ndarray, time: np.ndarray, columns: Columns) ->
     -------
     int64 array, dims (stage,)
     """
-    flagged = columns["is_data"] & np.isin(np.asarray(STATUSES)[columns["status"]], FLAGGED)
-    believed = columns["trusted"][:, None] & (time != NAT)
-    return (required & flagged[:, None] & ~believed).sum(axis=0).astype(np.int64)
+    rows = np.flatnonzero(columns["is_data"] & np.isin(columns["status"], _FLAGGED))
+    believed = columns["trusted"][rows, None] & (time[rows] != NAT)
+    return (required[rows] & ~believed).sum(axis=0).astype(np.int64)
 
 
 def stage_verdicts(coverage: Mapping[str, np.ndarray] | Columns, verdict: str) -> np.ndarray:
