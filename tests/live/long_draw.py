@@ -111,7 +111,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         }
         watched = sum(row["witness"].get(key, 0) for row in group for key in ("links_checked", "copies_checked"))
         wrong = sum(row["witness"].get(key, 0) for row in group for key in ("links_wrong", "copies_wrong"))
-        lost = sum(row["lost_share"] for row in group) / len(group)
+        lost = sum(row["lost_share"] for row in group) / max(len(group), 1)
         verdicts = ", ".join(f"{n} {word}" for word, n in Counter(row["verdict"] for row in group).items())
         against = "; ".join(sorted({reason for row in group for reason in row["failures"]})) if name != "all" else ""
         shown = max(total["packets"] - total["hidden"], 1)
