@@ -69,6 +69,8 @@ class Recipe:
         TCP: connections, each with its socket. UDP: flows spread over `sockets`, as an SO_REUSEPORT group does.
     readers : int
         Tasks. One serves all sockets (epoll); with `shared` all of them serve every socket, else each its own.
+    stall_share : float
+        UDP calls preempted for 60 us between taking a datagram and returning.
     rings : int
         Readers, the first ones, that receive by io_uring: each call is followed by its completion.
     peek, polling : bool
@@ -104,6 +106,7 @@ class Recipe:
     sockets: int = 1
     readers: int = 1
     shared: bool = False
+    stall_share: float = 0.0
     rings: int = 0
     peek: bool = False
     polling: bool = False
@@ -294,6 +297,7 @@ class _Readers:
 
     def __init__(self, log: _Log, told: Recipe, packets: list[_Packet]) -> None:
         self.log, self.told, self.packets = log, told, packets
+        self.rng = np.random.default_rng(told.seed + 1)
         self.n_sockets = told.flows if told.is_tcp else told.sockets
         self.queues: list[deque[_Packet]] = [deque() for _ in range(self.n_sockets)]
         self.asleep = dict.fromkeys(range(told.readers), START)
@@ -441,6 +445,11 @@ class _Readers:
             self._switch(now + 200, task, out=True, state=2)
             now += 5_000
             self._switch(now + 300, task, out=False)
+        if self.told.stall_share and self.rng.random() < self.told.stall_share:
+            # Preempted with the datagram in hand: the other readers go on meanwhile.
+            self._switch(now + 200, task, out=True, state=0)
+            now += 60_000
+            self._switch(now, task, out=False)
         row = self._return(now + 600, task, socket, self.told.read_size - room, 0)
         if task < self.told.rings:
             self.log.add(

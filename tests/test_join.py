@@ -173,6 +173,29 @@ def test_long_draw_of_lossy_worlds() -> None:
     assert found >= 0.5 * known
 
 
+@pytest.mark.parametrize("readers", [2, 3])
+@pytest.mark.parametrize(("mean_gap_ns", "work_ns"), [(8_000, 1_500), (20_000, 25_000), (40_000, 1_500)])
+@pytest.mark.parametrize("lost_share", [0.0, 0.1])
+@pytest.mark.parametrize("max_payload", [31, 1000])
+def test_a_reader_preempted_with_a_datagram_in_hand_returns_after_others(
+    readers: int, mean_gap_ns: int, work_ns: int, lost_share: float, max_payload: int
+) -> None:
+    """Readers of one UDP socket return in another order than they dequeue: what may be either's is nobody's.
+
+    Datagrams of one length leave nothing but the order to go by.
+    """
+    world = simulate(
+        proto="udp", readers=readers, shared=True, mean_gap_ns=mean_gap_ns, work_ns=work_ns, n=1500, stall_share=0.05,
+        lost_share=lost_share, lost_burst=10, max_payload=max_payload,
+    )  # fmt: skip
+    joined, truth = run(world), world.truth
+    trusted = joined.packets["trusted"]
+    assert (joined.time[trusted, RECV] == truth["returned"][trusted]).all()
+    assert (joined.packets["tid"][trusted] == truth["tid"][trusted]).all()
+    if not lost_share:
+        assert trusted.mean() > 0.4
+
+
 def test_few_addresses_are_told_apart_by_generation() -> None:
     """Every address carries a packet of every third: only generations keep them apart."""
     world = simulate(n_addresses=3, mean_gap_ns=60_000)

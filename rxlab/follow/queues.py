@@ -31,6 +31,8 @@ QUEUE_NS = 50_000
 RACE_NS = 10_000
 # A socket that took less than one in this many of a flow's datagrams took none.
 FOREIGN_SHARE = 20
+# Of sockets with more readers it is not looked at whether all of them sleep.
+MAX_READERS = 64
 # A socket that nobody read for this long before its first datagram had nothing to read.
 QUIET_NS = 10_000_000
 _RX, _READY = STAGE_INDEX["netif_receive_skb"], STAGE_INDEX["data_ready"]
@@ -151,17 +153,39 @@ class Earlier:
 
 @dataclass(frozen=True)
 class Begun:
-    """When the recording began, and the sleeps of all tasks, by task: when each ended no earlier."""
+    """When the recording began, and when tasks went to sleep and came back, by task.
+
+    Attributes
+    ----------
+    earlier : Earlier
+    sleeps, returns : AsOf
+        Switches away into sleep: a later call of the task began after them; and switches to a task.
+    wakings : AsOf
+        Wake-ups of a task.
+    slept_time, waking_time : int64 arrays, nanoseconds of CLOCK_MONOTONIC
+        Their times.
+    """
 
     earlier: Earlier
     sleeps: AsOf
+    returns: AsOf
+    wakings: AsOf
+    slept_time: np.ndarray
+    waking_time: np.ndarray
 
-
-def _ends_of_sleep(events: Mapping[str, Columns]) -> AsOf:
-    """Return the switch-outs into sleep, by task: a later call of the task began after them."""
-    switch = event_columns(events, "sched:sched_switch")
-    asleep = switch.take(sleeps(switch)) if "prev_state" in switch else switch.take(np.zeros(switch.n, bool))
-    return AsOf(asleep["rank"], task_ids(asleep, "prev_pid"))
+    @classmethod
+    def of(cls, earlier: Earlier, events: Mapping[str, Columns]) -> Begun:
+        """Return what the switches of a recording tell."""
+        switch, waking = (event_columns(events, f"sched:sched_{name}") for name in ("switch", "waking"))
+        asleep = switch.take(sleeps(switch)) if "prev_state" in switch else switch.take(np.zeros(switch.n, bool))
+        return cls(
+            earlier,
+            AsOf(asleep["rank"], task_ids(asleep, "prev_pid")),
+            AsOf(switch["rank"], task_ids(switch, "next_pid")),
+            AsOf(waking["rank"], task_ids(waking, "pid")),
+            asleep["time"],
+            waking["time"],
+        )
 
 
 def consume_datagrams(
@@ -190,7 +214,7 @@ def consume_datagrams(
     taking = np.flatnonzero((receives["protocol"] != 6) & ((receives["flags"] & MSG_PEEK) == 0))
     taking = taking[np.lexsort((receives["rank"][taking], receives["sk"][taking].astype(np.uint64)))]
     call_socket = receives["sk"][taking].astype(np.uint64)
-    begun = Begun(earlier, _ends_of_sleep(events))
+    begun = Begun.of(earlier, events)
     edges = np.flatnonzero(np.concatenate(([True], socket[1:] != socket[:-1], [True]))) if len(socket) else [0]
     for low, high in zip(edges[:-1], edges[1:], strict=True):
         first, stop = np.searchsorted(call_socket, [socket[low], socket[low] + np.uint64(1)])
@@ -285,7 +309,9 @@ def _consume_queue(result: Consumption, queue: Queue, calls: np.ndarray, begun: 
     # A reader's buffer may be smaller than its datagrams: then every such call returns as much as it holds.
     cut = (returned == max(returned.max(), begun.earlier.fed.largest)) & (queue.length[slot] > returned)
     fits = known & ((queue.length[slot] == returned) | cut)
-    wrong = known & ~fits
+    crossed = _overtaken_in_call(receives, calls[takes], np.where(known, at, -1)[takes], queue, begun, lossy)
+    # Of two readers each may have what the other is said to have: there a length says nothing of the count.
+    wrong = known & ~fits & ~crossed[slot]
     if wrong.any():
         # One length that does not fit says that the count is off; it was the same for the calls around.
         shift = np.where(known, at - np.cumsum(takes), np.iinfo(np.int64).min)
@@ -301,7 +327,7 @@ def _consume_queue(result: Consumption, queue: Queue, calls: np.ndarray, begun: 
     behind[1:] = pick(receives["time"], result.receive[queue.packet[:-1]], -1) > queue.arrival[1:]
     result.is_behind[queue.packet] = behind & queue.is_first
     in_doubt = (np.cumsum(doubt)[:-1] > 0) & (result.receive[queue.packet] < 0)
-    result.anchors_disagree[queue.packet] |= in_doubt | _overtaken_in_call(result, queue)
+    result.anchors_disagree[queue.packet] |= in_doubt | crossed
 
 
 def _bounded(
@@ -315,7 +341,11 @@ def _bounded(
     high = np.where(arrived >= 0, last[np.maximum(arrived, 0)], -1)
     is_next = np.concatenate(([False], ~lossy.touch(time[:-1], time[1:])))
     low = np.full(len(calls), NOWHERE, np.int64)
-    _bound_woken(low, receives, queue, calls)
+    readers = np.unique(receives["tid"][calls]).astype(np.int64)
+    if len(readers) == 1:
+        _bound_woken(low, receives, queue, calls)
+    elif len(readers) <= MAX_READERS:
+        _bound_all_asleep(low, receives["rank"][calls], queue, readers, begun, lossy)
     _bound_refused(low, receives, queue, calls, begun)
     start, since = int(queue.arrival[by_arrival[0]]), begun.earlier.time
     is_quiet = start - since >= QUIET_NS and time[0] > start and not queue.is_cut
@@ -335,6 +365,33 @@ def _bound_woken(low: np.ndarray, receives: Columns, queue: Queue, calls: np.nda
     mine = AsOf(receives["rank"][calls[rows]], receives["tid"][calls[rows]].astype(np.int64))
     call = mine.first_after(queue.waking[woke], queue.woken[woke])
     np.maximum.at(low, rows[call[call >= 0]], woke[call >= 0])
+
+
+def _bound_all_asleep(
+    low: np.ndarray, rank: np.ndarray, queue: Queue, readers: np.ndarray, begun: Begun, lossy: Hidden
+) -> None:
+    """Raise the bounds of the calls after a datagram that came while every reader of its socket was asleep.
+
+    What woke one of several readers says nothing of the others, who may hold a datagram or have more to read. But where all of
+    them sleep, and each is woken next by a datagram of this socket, each had found the socket empty and nothing came since.
+    """
+    woke = np.flatnonzero((queue.waking >= 0) & (queue.ready_rank >= 0))
+    ready, woken = queue.ready_rank[woke], queue.woken[woke]
+    row = begun.wakings.last_before(queue.waking[woke], woken, inclusive=True)
+    until = pick(begun.waking_time, row, NAT)
+    asleep = np.ones(len(woke), bool)
+    for reader in readers.tolist():
+        task = np.full(len(woke), reader, np.int64)
+        left = begun.sleeps.last_before(ready, task)
+        since = begun.sleeps.rank_of(left, -1)
+        came = begun.returns.rank_of(begun.returns.last_before(ready, task), -1)
+        ended = begun.wakings.rank_of(begun.wakings.first_after(since, task), -1)
+        sleeps_here = (left >= 0) & (came < since) & (ended > ready)
+        sleeps_here &= np.isin(ended, queue.waking[woke[woken == reader]])
+        asleep &= sleeps_here & ~lossy.touch(pick(begun.slept_time, left, NAT), until)
+    call = np.searchsorted(rank, ready[asleep])
+    inside = call < len(rank)
+    np.maximum.at(low, call[inside], woke[asleep][inside])
 
 
 def _bound_refused(low: np.ndarray, receives: Columns, queue: Queue, calls: np.ndarray, begun: Begun) -> None:
@@ -362,20 +419,58 @@ def _next_sure(is_sure: np.ndarray) -> np.ndarray:
     return np.concatenate((ahead, [n]))
 
 
-def _overtaken_in_call(result: Consumption, queue: Queue) -> np.ndarray:
-    """Tell which datagrams two readers of one socket may have taken in the other order.
+def _overtaken_in_call(
+    receives: Columns, calls: np.ndarray, place: np.ndarray, queue: Queue, begun: Begun, lossy: Hidden
+) -> np.ndarray:
+    """Tell which datagrams several readers of one socket may have taken in another order than they returned.
 
-    A call is seen where it returns, not where it dequeues: when two tasks return one after the other and the second
-    datagram was there before the first call returned, either may have taken either.
+    A call is seen where it returns, not where it dequeues, and a task may be preempted between the two. So a call may have taken
+    any datagram that calls of other tasks are said to have taken since it can have begun, each of those one place further on,
+    as long as the next datagram was there when each returned. `place` is that of each call, -1 where it is not known.
     """
-    call = result.receive[queue.packet]
-    tid, rank = pick(result.receives["tid"], call, -1), pick(result.receives["rank"], call, -1)
-    both = (call[:-1] >= 0) & (call[1:] >= 0)
-    swapped = both & (tid[:-1] != tid[1:]) & (queue.ready_rank[1:] < rank[:-1])
-    doubt = np.zeros(len(call), bool)
-    doubt[:-1] |= swapped
-    doubt[1:] |= swapped
-    return doubt
+    doubt = np.zeros(len(queue.packet) + 1, np.int64)
+    tid, rank = receives["tid"][calls].astype(np.int64), receives["rank"][calls]
+    placed = np.flatnonzero(place >= 0)
+    if not len(placed) or (tid == tid[0]).all():
+        return doubt[:-1] > 0
+    at, returned = place[placed], np.maximum.accumulate(rank[placed])
+    # Where a call returned while the next datagram was still to come nobody had one in hand.
+    was_empty = queue.ready_rank[at][1:] > returned[:-1]
+    emptied = np.maximum.accumulate(np.concatenate(([-1], np.where(was_empty, np.arange(len(at) - 1), -1))))
+    since, is_sure = _begun_since(receives, tid, rank, begun, lossy)
+    reach, until = (np.searchsorted(returned, one, side="right") for one in (since, rank))
+    # A lost call may have overtaken whatever was returned before its task's next one.
+    low = np.where(is_sure, np.maximum(reach, emptied[np.maximum(until, 1) - 1] + 1), reach)
+    high, itself = until, (place >= 0).astype(np.int64)
+    for reader in np.unique(tid).tolist():
+        final = np.flatnonzero(tid == reader)[-1:]
+        if lossy.touch(receives["time"][calls[final]], receives["time"][calls[-1:]]).any():
+            low, high, itself = np.append(low, until[final]), np.append(high, len(at)), np.append(itself, 0)
+    several = np.flatnonzero(high - low > itself)
+    np.add.at(doubt, at[low[several]], 1)
+    np.add.at(doubt, at[high[several] - 1] + 1, -1)
+    return np.cumsum(doubt)[:-1] > 0
+
+
+def _begun_since(
+    receives: Columns, tid: np.ndarray, rank: np.ndarray, begun: Begun, lossy: Hidden
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rank after which each call dequeued, and whether it is its task's first since the last that was seen.
+
+    The task's last call had returned, and it had come back from its last sleep. Where events may be missing between the two calls
+    there may have been others: then only the last return counts.
+    """
+    calls = AsOf(receives["rank"], receives["tid"].astype(np.int64))
+    here = calls.last_before(rank, tid, inclusive=True)
+    last = calls.last_before(rank, tid)
+    before = calls.rank_of(last, -1)
+    asleep = begun.sleeps.last_before(rank, tid)
+    slept = begun.sleeps.rank_of(asleep, -1)
+    came = begun.returns.first_after(slept, tid)
+    back = np.where((slept >= 0) & (came >= 0), begun.returns.rank_of(came, -1), slept)
+    ended = np.where(last >= 0, pick(receives["time"], last, NAT), begun.earlier.time)
+    is_sure = ~lossy.touch(ended, pick(receives["time"], here, NAT))
+    return np.maximum(before, np.where(is_sure & (back < rank), back, -1)), is_sure
 
 
 def _doubt_crossed(

@@ -244,7 +244,7 @@ def give_statuses(
     ambiguous = (
         evidence.matched.ambiguous | evidence.taken.anchors_disagree | evidence.clock.inside_step(columns["pcap_time"])
     )
-    status[ambiguous & is_data & ~unmatched] = code["ambiguous"]
+    status[ambiguous & is_data & (~unmatched | has_reader)] = code["ambiguous"]
     status[gates.order_violations(rows.time, columns["path_kind"])] = code["negative"]
     return status, reason, table
 

@@ -125,6 +125,10 @@ def attribute(
     label[unclear] = names["none"]
     woke = waiting & is_own
     own = np.where(woke, own, -1)
+    # The wake-up ends where the reader first runs. Preempted after that, or asleep for a lock, it is on its way already.
+    came = switches_in.first_after(by_cpu.rank_of(own, -1), tid)
+    arrived = np.where(woke, came, arrived)
+    arrived_rank = switches_in.rank_of(arrived, -1)
     got_runnable = runnable.first_after(by_cpu.rank_of(own, -1), tid)
     got_runnable = np.where(runnable.rank_of(got_runnable, _NEVER) < arrived_rank, got_runnable, -1)
     got_runnable = np.where(lossy.touch(own_time, pick(wakeup["time"], got_runnable, NAT)), -1, got_runnable)
