@@ -94,7 +94,12 @@ def capture(
     ] = None,
     cpus: Annotated[str | None, typer.Option(help="CPUs perf records, e.g. 0-3.")] = None,
     snaplen: Annotated[int, typer.Option(min=64, help="Bytes of each packet kept; headers only by default.")] = 192,
-    stamps: Annotated[str, typer.Option(help="Who stamps received packets: software (tcpdump's) or nic.")] = "software",
+    stamps: Annotated[
+        str,
+        typer.Option(
+            help="Who stamps received packets: software (tcpdump's) or nic (tried with an emulated NIC only: docs/clocks.md)."
+        ),
+    ] = "software",
     max_size: Annotated[str | None, typer.Option(help="Stop as partial beyond this size, e.g. 2G.")] = None,
     functions: Annotated[
         str | None, typer.Option(help="Also log these kernel functions by ftrace, e.g. 'tcp_*,ipv4_*,*socket*'.")

@@ -147,7 +147,8 @@ def capture(
         Spinners (record/spinner.py); "auto" runs them unless `idle_task_is_blind` is False (what doctor's check found).
     stamps : {"software", "nic"}
         Which clock stamps received packets; "nic" has the NIC stamp them, takes cross-stamps of its clock, and puts its
-        stamping back afterwards.
+        stamping back afterwards. Proved in parts in QEMU's emulated igb, never on metal, and tcpdump's ``-j adapter_unsynced`` has
+        not recorded a run yet.
     perf_clock : {"CLOCK_MONOTONIC", "CLOCK_MONOTONIC_RAW"}
         What perf stamps events by.
     functions : sequence of str
