@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from rxlab.follow.hidden import lost_windows
+from rxlab.follow.older import FIELDS
 from rxlab.follow.readerfacts import IO_URING
 from rxlab.follow.received import FlowsSeen, Machine, StreamPositions
 from rxlab.follow.slabs import Recording
@@ -22,6 +23,8 @@ ToMonotonic = Callable[[np.ndarray], np.ndarray]
 # A perf.data above this size is joined in slabs of so many samples, unless told otherwise.
 LARGE_BYTES = 1 << 30
 DEFAULT_CHUNKS = 1_000_000
+# So many events to a packet of the capture.
+PACKET_EVENTS = 16
 # What the join looks at beside the events of the stages themselves (kernelpath.py, status.py, handshake.py, readerfacts.py).
 BESIDES = (
     "net:net_dev_queue",
@@ -51,7 +54,7 @@ class LargeRun:
     perf_path, pcap_path : Path
     machine : Machine
     chunks : int
-        About so many samples, and packets, at a time.
+        About so many samples at a time.
 
     Attributes
     ----------
@@ -67,10 +70,12 @@ class LargeRun:
 
     def __init__(self, perf_path: Path, pcap_path: Path, machine: Machine, chunks: int) -> None:
         self.perf = read_perfdata(perf_path, events=JOINED, chunks=chunks)
-        self._pcap, self._machine, self._chunks = pcap_path, machine, chunks
+        self._pcap, self._machine = pcap_path, machine
+        # A packet has columns of as many bytes as several events.
+        self._pieces = max(chunks // PACKET_EVENTS, 1)
         self._flows, self.n_packets = FlowsSeen(), 0
         self.capture: dict[str, Any] = {}
-        for piece in read_pcap(pcap_path, chunks=chunks):
+        for piece in read_pcap(pcap_path, chunks=self._pieces):
             self._flows.take(piece, machine)
             self.n_packets, self.capture = self.n_packets + piece.n, piece.attrs
         self.counted: dict[str, Columns] = {}
@@ -119,6 +124,7 @@ class LargeRun:
         """Yield the events of each slab."""
         for part in self.perf.iter_chunks():
             events = {name: columns for name, columns in part.load().events.items() if columns.n}
+            del part  # its index would stay while its events are joined
             for name, wanted in COUNTED.items():
                 if name in events:
                     found = Columns({field: events[name][field] for field in wanted})
@@ -130,7 +136,7 @@ class LargeRun:
     def _packets(self) -> Iterator[Columns]:
         """Yield the received packets, piece by piece."""
         numbers, positions = FlowsSeen(), StreamPositions(self._flows.n)
-        for piece in read_pcap(self._pcap, chunks=self._chunks):
+        for piece in read_pcap(self._pcap, chunks=self._pieces):
             received = positions.place(self._flows.number(numbers.take(piece, self._machine)))
             self._places.append(Columns({name: received[name] for name in PLACES}))
             yield Columns({name: received[name] for name in PACKET})
@@ -163,9 +169,9 @@ def losses_on(lost: Columns, to_monotonic: ToMonotonic) -> Columns:
 
 
 def _of_device(columns: Columns, iface: str) -> Columns:
-    """Return events with the text columns of a slab's own codes left out, but for whether the device is the captured one."""
+    """Return events with what the join looks at: no text of a slab's own codes, but whether the device is the captured one."""
     categories = columns.attrs.get("categories", {})
-    kept = {name: array for name, array in columns.items() if name not in categories}
+    kept = {name: array for name, array in columns.items() if name in FIELDS and name not in categories}
     if "name" in categories:
         mine = [code for code, text in enumerate(categories["name"]) if text == iface]
         kept["name"] = np.where(np.isin(columns["name"], mine), 0, -1).astype(np.int32)

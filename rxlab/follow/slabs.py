@@ -150,24 +150,30 @@ class SlabJoin:
         reach, earlier_until = self._reach, NAT
         dense: dict[str, Columns] = {}
         waiting = _Waiting(self._recording.packets, self._clock)
-        for slab, is_last in _with_last(self._recording.events):
+        for slab in self._recording.events:
             fresh = as_on_newer_kernels(slab, self._asked)
             self._chain.take(fresh)
             self._note_names(event_columns(fresh, SWITCH))
             self._accepts.append(accept_returns(fresh))
             dense = _followed_by(dense, fresh)
-            until = FOREVER if is_last else max((int(c["time"][-1]) for c in fresh.values() if c.n), default=NAT)
-            told_until = until if is_last else until - reach.ahead
+            until = max((int(columns["time"][-1]) for columns in fresh.values() if columns.n), default=NAT)
+            told_until = until - reach.ahead
             too_early = self._place is None and event_columns(dense, RECEIVE).n < reach.first
-            if not is_last and (too_early or told_until <= earlier_until):
+            if too_early or told_until <= earlier_until:
                 continue
             earlier_until = told_until
-            part = self._part(dense, waiting.until(until))
-            followed = follow_part(part, self._clock, self._machine)
-            yield self._tell(followed, part, waiting, told_until, is_last)
-            if not is_last:
-                cut = self._earlier.rank
-                dense = {name: c.take(slice(int(np.searchsorted(c["rank"], cut)), None)) for name, c in dense.items()}
+            yield self._step(dense, waiting, until, told_until, is_last=False)
+            cut = self._earlier.rank
+            dense = {name: c.take(slice(int(np.searchsorted(c["rank"], cut)), None)) for name, c in dense.items()}
+        yield self._step(dense, waiting, FOREVER, FOREVER, is_last=True)
+
+    def _step(
+        self, dense: dict[str, Columns], waiting: _Waiting, until: int, told_until: int, *, is_last: bool
+    ) -> Rows:
+        """Join what is at hand and tell of the packets stamped before an instant."""
+        part = self._part(dense, waiting.until(until))
+        followed = follow_part(part, self._clock, self._machine)
+        return self._tell(followed, part, waiting, told_until, is_last)
 
     def result(self) -> Joined:
         """Return what was found of all packets, as :func:`rxlab.follow.join.join` does, without their rows."""
@@ -362,17 +368,6 @@ class _SwitchChain:
         """Return the windows found since last asked."""
         new, self._new = self._new, np.empty((0, 4), np.int64)
         return new
-
-
-def _with_last(slabs: Iterable[Mapping[str, Columns]]) -> Iterator[tuple[Mapping[str, Columns], bool]]:
-    """Yield each slab and whether it is the last."""
-    slab = None
-    for following in slabs:
-        if slab is not None:
-            yield slab, False
-        slab = following
-    if slab is not None:
-        yield slab, True
 
 
 def _all_of(parts: list[Columns]) -> Columns:
