@@ -404,10 +404,10 @@ def analyze_run(
     dict
         ``dataset, packets, data_packets, trusted, complete, left_out`` (by status), ``verdict, reasons, missing_stages``.
     """
-    if perf or pcap:
+    if (perf or pcap) and chunks is None:
         return _analyze_recordings(path, out, perf, pcap, iface)
-    if path is None:
-        raise UsageError("nothing to analyse", expected="a run directory, or --perf FILE --pcap FILE")
+    if path is None or perf or pcap:
+        raise UsageError("nothing to analyse", expected="a run directory [--chunks N], or --perf FILE --pcap FILE")
     run = open_run(path, chunks=chunks)
     target = Path(out) if out is not None else run.rundir.file(DATASET)
     if not run.is_traced and run.run.get("arm") in EVENT_PRESETS:

@@ -16,6 +16,7 @@ from rxlab.errors import UsageError
 from rxlab.follow import carry, slabs
 from rxlab.follow.join import Joined
 from rxlab.follow.slabs import Reach, join_in_slabs
+from rxlab.pipeline import analyze_run
 from tests.simulate import World, simulate
 from tests.slab_builder import differences, slabs_of
 from tests.test_join import run, worlds, wrong
@@ -114,9 +115,11 @@ def test_packets_that_are_forgotten_are_told() -> None:
     assert joined.packets.n == world.packets.n
 
 
-def test_chunks_must_be_positive() -> None:
+def test_chunks_that_cannot_be_meant_are_refused() -> None:
     with pytest.raises(UsageError, match="chunks must be at least 1"):
         open_run(DATA / "http", chunks=0)
+    with pytest.raises(UsageError, match="a run directory"):
+        analyze_run(None, perf=DATA / "http" / "perf.data", pcap=DATA / "http" / "rx.pcap", chunks=1_000)
 
 
 class TestMutations:

@@ -46,7 +46,9 @@ class Reach:
         Events at hand before the first and after the last of them. A packet may wait in the backlog, and its stamp precede its
         events, by a stall; a reader may come at any time.
     first : int
-        Packets of the kernel by which it is told where the stamps were taken.
+        Packets of the kernel and of the capture by which it is told where the stamps were taken; slabs wait for them,
+    patience : int
+        but not more than so many.
     most : int
         Packets older than that which are remembered: they wait for their reader, or stand in a queue behind an unknown call.
     """
@@ -54,6 +56,7 @@ class Reach:
     back: int = 2 * STALL_NS
     ahead: int = 2 * STALL_NS
     first: int = 2_000
+    patience: int = 8
     most: int = 100_000
 
 
@@ -130,6 +133,7 @@ class SlabJoin:
         self._so_far = FlowsSoFar.nothing(recording.flows.n)
         self._earlier = Earlier(Fed.nothing(), recording.span[0])
         self._place: StampPlace | None = None
+        self._is_placed, self._placed_by = False, 0
         self._known: Known | None = None
         self._held: Columns | None = None
         self._pieces = self._so_far.read
@@ -147,7 +151,7 @@ class SlabJoin:
 
     def __iter__(self) -> Iterator[Rows]:
         """Yield the rows of each slab."""
-        reach, earlier_until = self._reach, NAT
+        reach, earlier_until, held_back = self._reach, NAT, 0
         dense: dict[str, Columns] = {}
         waiting = _Waiting(self._recording.packets, self._clock)
         for slab in self._recording.events:
@@ -158,21 +162,29 @@ class SlabJoin:
             dense = _followed_by(dense, fresh)
             until = max((int(columns["time"][-1]) for columns in fresh.values() if columns.n), default=NAT)
             told_until = until - reach.ahead
-            too_early = self._place is None and event_columns(dense, RECEIVE).n < reach.first
+            held_back += 1
+            new = waiting.until(until)
+            is_enough = min(event_columns(dense, RECEIVE).n, new.n) >= reach.first
+            too_early = not self._is_placed and not is_enough and held_back < reach.patience
             if too_early or told_until <= earlier_until:
+                waiting.put_back(new)
                 continue
-            earlier_until = told_until
-            yield self._step(dense, waiting, until, told_until, is_last=False)
+            earlier_until, held_back = told_until, 0
+            yield self._step(dense, new, waiting, told_until, is_last=False)
+            self._is_placed |= is_enough
             cut = self._earlier.rank
             dense = {name: c.take(slice(int(np.searchsorted(c["rank"], cut)), None)) for name, c in dense.items()}
-        yield self._step(dense, waiting, FOREVER, FOREVER, is_last=True)
+        yield self._step(dense, waiting.until(FOREVER), waiting, FOREVER, is_last=True)
 
     def _step(
-        self, dense: dict[str, Columns], waiting: _Waiting, until: int, told_until: int, *, is_last: bool
+        self, dense: Mapping[str, Columns], new: Columns, waiting: _Waiting, told_until: int, *, is_last: bool
     ) -> Rows:
         """Join what is at hand and tell of the packets stamped before an instant."""
-        part = self._part(dense, waiting.until(until))
+        part = self._part(dense, new)
         followed = follow_part(part, self._clock, self._machine)
+        if not self._is_placed and new.n >= self._placed_by:
+            # Where no part has enough packets to tell where the stamps were taken, the one with the most does.
+            self._place, self._placed_by = followed.pairs.place, new.n
         return self._tell(followed, part, waiting, told_until, is_last)
 
     def result(self) -> Joined:
@@ -217,7 +229,7 @@ class SlabJoin:
             )
         return Part(
             _followed_by(_followed_by(self._blank, self._old), dense), self._recorded, recording.span, received, hidden, lossy, blind,
-            self._so_far, self._earlier, self._place, known, self._pieces,
+            self._so_far, self._earlier, self._place if self._is_placed else None, known, self._pieces,
         )  # fmt: skip
 
     def _tell(self, followed: Followed, part: Part, waiting: _Waiting, told_until: int, is_last: bool) -> Rows:
@@ -234,7 +246,6 @@ class SlabJoin:
         over = told & (was_open | ~counted) & ~(is_open & kept.stays & (not is_last))
         self._given_up += int((over & is_open).sum()) if not is_last else 0
         self._count(followed, over, told & ~counted, kept.stays | ~told, told_until, is_last)
-        self._place = followed.pairs.place
         if not is_last:
             self._carry(followed, part, kept, is_freed, told, told_until)
             waiting.put_back(part.received.take(np.flatnonzero(~told)))
