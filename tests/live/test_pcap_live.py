@@ -63,7 +63,9 @@ def namespace() -> Iterator[str]:
 def capture(namespace: str, path: Path, *options: str, interface: str = "lo") -> None:
     """Capture the client's traffic with the server in a namespace; its last packet, once in the file, ends it."""
     inside = ["ip", "netns", "exec", namespace]
-    tcpdump = [*inside, "tcpdump", "-i", interface, "-Z", "root", "--immediate-mode", "-U", "-w", str(path), *options]
+    # In immediate mode every packet takes a slot of the whole snap length: the usual 2 MiB hold eight, and a busy machine more.
+    tcpdump = [*inside, "tcpdump", "-i", interface, "-Z", "root", "--immediate-mode", "-U", "-B", "65536"]
+    tcpdump += ["-w", str(path), *options]
     with (
         subprocess.Popen([*inside, sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True) as server,
         subprocess.Popen(tcpdump, stderr=subprocess.PIPE, text=True) as recorder,
