@@ -192,6 +192,9 @@ def test_a_reader_preempted_with_a_datagram_in_hand_returns_after_others(
     trusted = joined.packets["trusted"]
     assert (joined.time[trusted, RECV] == truth["returned"][trusted]).all()
     assert (joined.packets["tid"][trusted] == truth["tid"][trusted]).all()
+    # A wake-up ends where the reader first runs, whatever it is preempted for later.
+    own = trusted & (joined.packets["attribution"] == ATTRIBUTIONS.index("own_wake"))
+    assert not wrong(joined, world)[own].any()
     if not lost_share:
         assert trusted.mean() > 0.4
 
