@@ -147,7 +147,10 @@ def judge(joined: Joined, events: Mapping[str, Columns], seen: Seen, numbers: np
         return result | {"copies_checked": 0, "copies_wrong": 0}
     event = events["skb:skb_copy_datagram_iovec"]
     order = np.argsort(event["time"], kind="stable")
-    taken = order[np.searchsorted(event["time"][order], copy_time[rows])]
+    first = np.searchsorted(event["time"][order], copy_time[rows])
+    # Two CPUs may copy in the same nanosecond.
+    others = event["cpu"][order[first]] != joined.cpu[rows, STAGE_INDEX["copy"]]
+    taken = order[np.where(others, np.minimum(first + 1, len(order) - 1), first)]
     at = _record_of(
         event["skbaddr"][taken].astype(np.uint64).view(np.int64),
         copy_time[rows],
