@@ -427,7 +427,7 @@ def analyze_run(
         }
     gone = run.missing_stages()
     if gone:
-        say(f"not recorded, so these stages are missing: {', '.join(gone)}")
+        say(f"stages of which this recording has no event: {', '.join(gone)}")
     run.analyze(target)
     return {**_outcome(target, run.joined, run.verify()), "missing_stages": gone}
 

@@ -44,8 +44,8 @@ class RunAccessor:
     def slowest(self, n: int = 10) -> xr.Dataset:
         """Return the `n` packets that took longest, slowest first, and the step that made each slow.
 
-        That is the step furthest beyond its usual latency, the median of the run, not the longest: a step that always takes
-        long makes no packet slow.
+        That is the step furthest beyond its usual latency, the median of the run's steps between the same two stages, not the longest:
+        a step that always takes long makes no packet slow.
 
         Returns
         -------
@@ -60,13 +60,15 @@ class RunAccessor:
         rows = usable[np.argsort(-total[usable], kind="stable")][:n]
         # The step from the NIC's stamp lies before total_latency.
         within = hops["hop_from"].values[:, : len(schema.STEP_NAMES)] != STAGE_NAMES.index("nic")
-        usual = np.full(len(schema.STEP_NAMES), np.nan)
-        steps = np.full((len(rows), len(usual)), np.nan)
-        for column in range(len(usual)):  # one at a time: a run may be larger than memory
+        usual = np.full((len(rows), len(schema.STEP_NAMES)), np.nan)
+        steps = usual.copy()
+        for column in range(steps.shape[1]):  # one at a time: a run may be larger than memory
             values = np.where(within[:, column], hops["latency"].isel(hop=column).values, np.nan)
-            if np.isfinite(values[usable]).any():
-                usual[column] = np.nanmedian(values[usable])
             steps[:, column] = values[rows]
+            begins, known = hops["hop_from"].values[:, column], usable[np.isfinite(values[usable])]
+            for stage in np.unique(begins[rows]):
+                mine = values[known][begins[known] == stage]
+                usual[begins[rows] == stage, column] = np.median(mine) if len(mine) else np.nan
         step = _culprit(steps, usual) if len(rows) else np.zeros(0, np.int64)
         each = np.arange(len(rows))
         comm = schema.meanings(packets["comm"]) if "flag_values" in packets["comm"].attrs else {}
@@ -80,7 +82,7 @@ class RunAccessor:
                 "slowest_hop": ("packet", np.array(schema.STEP_NAMES, dtype=object)[step]),
                 "hop_from": ("packet", stages[hops["hop_from"].values[rows, step]]),
                 "hop_latency": ("packet", steps[each, step], ns),
-                "usual_latency": ("packet", usual[step], ns),
+                "usual_latency": ("packet", usual[each, step], ns),
                 "cpu": ("packet", packets["cpu"].values[rows, step + 1]),  # the first stage ends no step
                 "comm": (
                     "packet",

@@ -14,7 +14,7 @@ import pyperf
 import xarray as xr
 
 from rxlab.dataset import schema, stats
-from rxlab.dataset.run import open_run
+from rxlab.dataset.run import Run, open_run
 from rxlab.errors import RxlabError, UsageError
 from rxlab.show.answer import METRICS
 from rxlab.show.pcapng import to_pcapng
@@ -45,6 +45,15 @@ def export_run(
     if reveal and hide_tasks:
         raise UsageError("to reveal and to hide at once", found="--reveal --hide-tasks", expected="one of them")
     run, target = open_run(path), Path(out)
+    if target.is_dir():
+        raise UsageError("an export is one file", where=str(target), found="a folder", expected="the name of a file")
+    written = _export(run, to, target, reveal=reveal, hide_tasks=hide_tasks)
+    # As the run itself: what was recorded is its owner's until it is given away.
+    written.chmod(0o600)
+    return written
+
+
+def _export(run: Run, to: str, target: Path, *, reveal: bool, hide_tasks: bool) -> Path:
     redactor = None
     if not reveal:
         redactor = Redactor.of_hosts([run.host], tasks=task_names(run.tree) if hide_tasks else ())
@@ -58,7 +67,7 @@ def export_run(
     if to == "perfetto":
         return to_perfetto(tree, target)
     wanted = "." + to
-    return to_table(tree, target if target.suffix == wanted else target.with_suffix(wanted))
+    return to_table(tree, target if target.suffix == wanted else target.with_name(target.name + wanted))
 
 
 def to_pyperf(

@@ -21,10 +21,11 @@ def run_text(path: Any, run: Mapping[str, Any]) -> str:
     if perf:
         lines.append(f"  kernel events: {len(perf.get('events') or [])} kinds, lost {perf.get('lost')}")
     costs = {"perf": perf.get("cpu_seconds"), "tcpdump": tcpdump.get("cpu_seconds")}
-    seconds = (run.get("got") or {}).get("seconds")
-    known = [f"{tool} {100 * cost / seconds:.1f} %" for tool, cost in costs.items() if cost is not None and seconds]
+    known = [f"{tool} {cost:.2f} s" for tool, cost in costs.items() if cost is not None]
     if known:
-        lines.append(f"  CPU time of the recorder, of one CPU: {', '.join(known)}")
+        lines.append(f"  CPU time of the recorder, starting and ending included: {', '.join(known)}")
+    if tcpdump.get("captured") == 0:
+        lines.append("  no packet was captured: there was none on this interface, or the filter let none through")
     if perf.get("missing_events"):
         gone = ", ".join(stages_without(set(perf.get("events") or []))) or "none"
         lines.append(f"  not on this kernel: {', '.join(perf['missing_events'])}; stages that go: {gone}")

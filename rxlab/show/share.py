@@ -7,6 +7,7 @@ them are equal matters.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -31,10 +32,11 @@ CELL_TIMEOUT = 600
 
 
 def task_names(tree: xr.DataTree) -> list[str]:
-    """Return the names of the tasks in a run."""
-    if "packets" not in tree.children or "flag_meanings" not in tree["packets"]["comm"].attrs:
-        return []
-    return sorted(schema.meanings(tree["packets"].to_dataset()["comm"]).values(), key=len, reverse=True)
+    """Return the names of the tasks in a run: of readers, and of those during which perf delivered nothing."""
+    names = set(json.loads(tree.attrs.get("gates") or "{}").get("blind", {}).get("tasks", {}))
+    if "packets" in tree.children and "flag_meanings" in tree["packets"]["comm"].attrs:
+        names |= set(schema.meanings(tree["packets"].to_dataset()["comm"]).values())
+    return sorted(names, key=len, reverse=True)
 
 
 def redact_tree(tree: xr.DataTree, redactor: Redactor) -> xr.DataTree:

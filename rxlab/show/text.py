@@ -32,8 +32,11 @@ def row_of_frame(tree: xr.DataTree, frame: int) -> int:
     rows = np.flatnonzero(frames == frame)
     if not len(rows):
         seen = frames[frames > 0]
-        span = f"{seen.min()} to {seen.max()}, received packets only" if len(seen) else "no packets"
-        raise UsageError("no such packet", where="--packet", found=str(frame), expected=f"a frame number of {span}")
+        near = np.sort(seen[np.argsort(np.abs(seen - frame), kind="stable")[:2]]).tolist()
+        span = (
+            f"that of a received packet, as {' and '.join(map(str, near))}, up to {seen.max()}" if len(near) else "none"
+        )
+        raise UsageError("no such packet", where="--packet", found=str(frame), expected=f"a frame number, {span}")
     return int(rows[0])
 
 
