@@ -99,9 +99,12 @@ def test_an_unknown_suffix_is_a_usage_error(tmp_path):
 )
 def test_a_recorded_run_is_exported_in_every_format(repo, tmp_path, to, start):
     written = exports.export_run(repo / "data" / "http", to, tmp_path / f"x.{to}")
+    assert written.stat().st_mode & 0o777 == 0o600
     assert written.read_bytes().startswith(start)
 
 
 def test_an_unknown_format_lists_the_known_ones(repo, tmp_path):
     with pytest.raises(UsageError, match="pyperf, parquet, csv, netcdf, pcapng, perfetto"):
         exports.export_run(repo / "data" / "http", "har", tmp_path / "x")
+    with pytest.raises(UsageError, match="one file"):
+        exports.export_run(repo / "data" / "http", "csv", tmp_path)

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import xarray as xr
 from joined_builder import make_app_logs, make_host, make_joined, make_run
 from report_builder import VERIFIED, make_runs
 
@@ -16,6 +17,7 @@ from rxlab.dataset import store
 from rxlab.errors import RxlabError
 from rxlab.show import answer, evidence, plots, trust
 from rxlab.show.report import write_report
+from rxlab.stages import STAGE_INDEX
 
 
 class _Page(HTMLParser):
@@ -330,6 +332,20 @@ def test_a_spoilt_run_is_seen(runs, name, spoil, state):
     if state not in ("good", "none"):
         assert _state([traced], name) == "good"
     assert _state([spoil(traced)], name) == state
+
+
+def test_packets_outside_the_recording_are_not_missing_from_it(runs):
+    """Background traffic while tcpdump runs on, of which perf saw nothing, is no lack; the same packets unmatched are."""
+    traced, at = runs[5], STAGE_INDEX["netif_receive_skb"]
+    for cause, state in (("outside_window", "good"), ("unmatched", "bad")):
+        coverage = traced.tree["coverage"].to_dataset().copy(deep=True)
+        more = int(coverage["expected"][at]) // 5
+        coverage["expected"][at] += more
+        coverage["missing"].loc[{"stage": "netif_receive_skb", "cause": cause}] += more
+        coverage["fraction"][at] = float(coverage["matched"][at] / coverage["expected"][at])
+        tree = traced.tree.copy()
+        tree["coverage"] = xr.DataTree(coverage)
+        assert _state([replace(traced, tree=tree)], "Coverage per stage") == state
 
 
 def test_lost_events_and_uncovered_packets_are_seen(runs):

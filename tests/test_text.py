@@ -27,10 +27,29 @@ def test_a_run_without_trace_is_one_clear_error():
             show(tree, 1)
 
 
+def test_a_frame_that_was_not_received_names_the_nearest(tree):
+    frames = tree["packets"]["pcap_frame"].values
+    with pytest.raises(UsageError, match=f"as {frames[-2]} and {frames[-1]}, up to {frames[-1]}"):
+        text.row_of_frame(tree, int(frames[-1]) + 1)
+
+
 @pytest.mark.parametrize("n", [0, -1])
 def test_a_number_of_packets_is_positive(tree, n):
     with pytest.raises(UsageError, match="--slowest"):
         text.slowest_packets(tree, n)
+
+
+def test_a_hop_is_compared_with_hops_from_the_same_stage():
+    """Every other packet has no wake-up of its own: its hop to the switch-in begins at data_ready and is usually long."""
+    joined = make_joined(100, steps={"waking": 20_000}, spread=0.01, gap_ns=1_000_000)
+    odd = np.arange(1, 100, 2)
+    joined.time[odd[:, None], [STAGE_INDEX["waking"], STAGE_INDEX["wakeup"]]] = np.iinfo(np.int64).min
+    late = joined.order[joined.order.index("switch_in") :]
+    joined.time[51, [STAGE_INDEX[name] for name in late]] += 30_000
+    [line] = text.slowest_packets(store.build(joined, run=make_run(), host=make_host()), 1).split("\n")[1:]
+    usual = joined.time[odd, STAGE_INDEX["switch_in"]] - joined.time[odd, STAGE_INDEX["data_ready"]]
+    assert "data_ready -> switch_in" in line
+    assert line.endswith(f"usually {plots.microseconds(float(np.median(usual)))}")
 
 
 def test_the_slowest_packets_come_first_with_the_hop_that_made_them_slow():
