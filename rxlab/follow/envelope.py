@@ -202,7 +202,7 @@ def fit_envelope(
 def _joint_bound(bounds: list[float]) -> float:
     """Return the bound over all segments: each has a level of its own, and they share one constant."""
     largest = sorted(bounds)[::-1]
-    return largest[0] + sum(largest[1:2]) / 3
+    return largest[0] + sum(largest[1:2]) / 2
 
 
 def _find_steps(event: np.ndarray, delay: np.ndarray) -> list[int]:
@@ -275,8 +275,10 @@ def _fit_segment(
         )  # fmt: skip
     x = (stamp[order] - start).astype(np.float64)
     slope = _coarse_slope(x, delay[order])
-    # Without the drift every number is small, and the hulls are exact in float64.
-    y = delay[order] - slope * x
+    # Without the drift and a step of 37 s before it every number is small: the hulls are exact in float64, and the solver does not
+    # take a constraint of 4e10 for one that cannot be met.
+    level = float(np.median(delay))
+    y = delay[order] - level - slope * x
     keep, leftover = _cut_outliers(x, y, quantum)
     n_outliers = int((~keep).sum())
     x, y = x[keep], y[keep]
@@ -294,7 +296,7 @@ def _fit_segment(
     whole = np.rint(knots)
     return _Part(
         start + whole.astype(np.int64),
-        curve + slope * whole,
+        curve + level + slope * whole,
         bound + leftover,
         len(knots) > 2,
         flags,
@@ -324,14 +326,14 @@ def _fit_curve(
 def _bound(x: np.ndarray, y: np.ndarray, knots: np.ndarray, curve: np.ndarray, looser: np.ndarray) -> float:
     """Return how far the clock may be from a curve: by a floor that moves, between the knots, by the price on unrest.
 
-    Where even the fastest packet of half a second keeps away, the floor has moved or the clock has, and which cannot be told. For
-    less no clock leaves its curve and comes back, but a floor does.
+    Where even the fastest packet of three eighths of a second keeps away, the floor has moved or the clock has: which cannot be
+    told. For less no clock leaves its curve and comes back, but a floor does.
     """
     from scipy.ndimage import minimum_filter1d
 
     gap = y - np.interp(x, knots, curve)
     lowest = gap[window_minima(x, gap, max(4, 8 * round(float(x[-1]) / KNOT_NS)))]
-    largest = float(minimum_filter1d(lowest, 4, mode="mirror").max())
+    largest = float(minimum_filter1d(lowest, 3, mode="mirror").max())
     # Between knots a smooth curve is off its chord by an eighth of the second difference.
     sag = float(np.abs(np.diff(curve, 2)).max(initial=0.0)) / 8
     return ROUNDING_NS + largest + sag + LOOSER_SHARE * _apart(looser - curve)
