@@ -222,13 +222,18 @@ def serve_in_processes(options: argparse.Namespace, ends: Ends) -> bytes:
     shared = new_socket(options) if options.kind == "fork" else None
     with tempfile.TemporaryDirectory() as folder:
         parts = [Path(folder) / str(index) for index in range(2)]
-        children = []
-        for part in parts:
+        children, finished = [], Ends(len(parts))
+        for index, part in enumerate(parts):
             if child := os.fork():
                 children.append(child)
                 continue
             sock = shared or new_socket(options)
             part.write_bytes(b"".join(serve_child(sock, options, ends)))
+            # A socket that leaves its group sends flows to another one: none does while somebody still reads.
+            finished.mark(index)
+            deadline = time.monotonic() + END_SECONDS
+            while not finished.all() and time.monotonic() < deadline:
+                time.sleep(0.005)
             os._exit(0)
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         if any(codes):
