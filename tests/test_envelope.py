@@ -192,6 +192,21 @@ def test_bound_is_honest_and_not_idle() -> None:
     assert np.median(bounds / np.maximum(errors, 5)) <= 3
 
 
+def test_what_the_solver_is_given_stays_small_behind_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """37 s are 4e10 ns: on recorded packets the solver called constraints of that size infeasible."""
+    arrival, event = floor_of(21, n=20_000)
+    stamp, _ = perturb(arrival, np.random.default_rng(22), sine=1_500.0, step=37 * SECOND)
+    solve, largest = scipy.optimize.linprog, []
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        largest.append(np.abs(options["b_ub"]).max())
+        return solve(*arguments, **options)
+
+    monkeypatch.setattr(scipy.optimize, "linprog", watched)
+    fit_envelope(stamp, event)
+    assert 0 < max(largest) < 1e7
+
+
 def test_excess_is_zero_for_the_fastest_and_never_absolute() -> None:
     arrival, event = floor_of(13, n=5_000)
     excess = fit_envelope(arrival + START, event).excess(arrival + START, event)
