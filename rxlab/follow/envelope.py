@@ -425,7 +425,10 @@ def _lone_supports(x: np.ndarray, gap: np.ndarray) -> np.ndarray:
     late stamp's that was not deep enough to be cut.
     """
     lone = []
-    for at in np.flatnonzero(gap < TOUCHING_NS):
+    touching = np.flatnonzero(gap < TOUCHING_NS)
+    # Two that touch are each other's company.
+    far = np.diff(x[touching], prepend=-np.inf, append=np.inf) > WINDOW_NS
+    for at in touching[far[:-1] & far[1:]]:
         low, high = np.searchsorted(x, [x[at] - WINDOW_NS, x[at] + WINDOW_NS])
         around = gap[low:high]
         if len(around) <= MAX_OUTLYING:
