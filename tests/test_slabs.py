@@ -19,6 +19,7 @@ from rxlab.follow.slabs import Reach, join_in_slabs
 from rxlab.pipeline import analyze_run
 from tests.simulate import World, simulate
 from tests.slab_builder import differences, slabs_of
+from tests.test_handshake import connecting
 from tests.test_join import run, worlds, wrong
 
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -69,6 +70,16 @@ def test_any_clean_world_is_the_same_in_slabs(recipe: dict[str, Any], n: int, re
     # A reader that is behind reads on long after the last packet; more of them would only take longer.
     world = simulate(**recipe)
     assert differences(run(world), in_slabs(world, n, Reach(reach, reach, first=60))) == {}
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_handshakes_are_the_same_in_slabs(busy: bool) -> None:
+    """SYNs wait for the ACK that shows their listener, accept() is told when all of them were seen."""
+    world = connecting(busy=busy)
+    whole = run(world)
+    assert (whole.packets["accept_time"] > 0).any() != busy
+    # The handshakes come first, so only many slabs cut between them, and a reach shorter than one handshake.
+    assert differences(whole, in_slabs(world, 300, Reach(20_000, 20_000, first=2, patience=1))) == {}
 
 
 @pytest.mark.parametrize("name", ["tcp-rps-on", "udp-rps-off", "http"])

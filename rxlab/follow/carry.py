@@ -16,7 +16,7 @@ import pandas as pd
 
 from rxlab.follow.asof import AsOf, pick
 from rxlab.follow.consumption import sleeps
-from rxlab.follow.handshake import SYN
+from rxlab.follow.handshake import COMPLETES, SYN
 from rxlab.follow.join import Followed, Known
 from rxlab.follow.kernelpath import KernelPath, event_columns, task_ids
 from rxlab.follow.status import TCP
@@ -42,11 +42,15 @@ class Kept:
     call_rank: np.ndarray
 
 
-def open_packets(followed: Followed, is_freed: np.ndarray) -> np.ndarray:
+def open_packets(followed: Followed, told: np.ndarray, is_freed: np.ndarray) -> np.ndarray:
     """Tell which packets may still be read, or are SYNs whose connection may still name their listener."""
     columns, evidence = followed.columns, followed.evidence
     unread = columns["is_data"] & (evidence.taken.receive < 0) & ~is_freed & ~evidence.is_repeat
-    return unread | ((columns["handshake"] == SYN) & (columns["socket"] == 0))
+    syns, acks = (np.flatnonzero(told & (columns["handshake"] == kind)) for kind in (SYN, COMPLETES))
+    flow = columns["flow"].astype(np.int64)
+    # The next handshake of the flow that completes is its own, whether or not that shows the listener.
+    unread[syns] = AsOf(acks, flow[acks]).first_after(syns, flow[syns]) < 0
+    return unread
 
 
 def keep_packets(

@@ -54,12 +54,7 @@ def merged_pieces(before: Columns | None, flow: np.ndarray, begin: np.ndarray, e
     flow, begin, end = flow[order], begin[order], end[order]
     if not len(flow):
         return Columns({"flow": flow, "begin": begin, "end": end})
-    # Streams laid out one behind the other, so that one running maximum serves them all.
-    heads = np.flatnonzero(np.diff(flow, prepend=-1))
-    sizes = np.diff(np.append(heads, len(flow)))
-    reached = np.concatenate(
-        [np.maximum.accumulate(end[at : at + size]) for at, size in zip(heads, sizes, strict=True)]
-    )
+    reached = running_max(end, flow)
     is_head = np.ones(len(flow), bool)
     is_head[1:] = (flow[1:] != flow[:-1]) | (begin[1:] > reached[:-1])
     first = np.flatnonzero(is_head)
@@ -101,3 +96,13 @@ def _covered(flow, begin, end, is_dropped):
         low[kept], high[kept] = first, last
         n = kept + 1
     return covered
+
+
+@njit(cache=True, nogil=True)
+def running_max(values, group):
+    """Return the running maximum within each group of consecutive rows."""
+    result = values.copy()
+    for i in range(1, len(values)):
+        if group[i] == group[i - 1] and result[i - 1] > result[i]:
+            result[i] = result[i - 1]
+    return result

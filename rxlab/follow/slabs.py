@@ -239,7 +239,7 @@ class SlabJoin:
         is_freed = (evidence.freed[0] > 0) | (False if known is None else known.is_freed)
         told = counted | (evidence.stamp < told_until) | is_last
         was_open = counted & self._was_open(part)
-        is_open = told & (was_open | ~counted) & open_packets(followed, is_freed)
+        is_open = told & (was_open | ~counted) & open_packets(followed, told, is_freed)
         since = told_until - self._reach.back
         known_rank = np.full(n, -1, np.int64) if known is None else known.call_rank
         kept = keep_packets(followed, told, is_open, known_rank, since, self._reach.most)

@@ -16,7 +16,7 @@ from rxlab.follow.bounds import NOWHERE, Calls, close_in
 from rxlab.follow.consumption import MSG_PEEK, Consumption, Segments
 from rxlab.follow.hidden import Hidden
 from rxlab.follow.kernelpath import KernelPath
-from rxlab.read.compiler import njit
+from rxlab.follow.repeats import running_max
 
 MSG_WAITALL = 0x100  # include/linux/socket.h
 
@@ -158,20 +158,10 @@ def _arrived(segments: Segments, data: np.ndarray, calls: _FlowCalls, time: np.n
     """Return for each call the end of the stream that had arrived when it returned."""
     order = data[np.lexsort((segments.arrival[data], segments.flow[data]))]
     flow, arrival = segments.flow[order].astype(np.int64), segments.arrival[order]
-    end = _running_max(segments.position[order] + segments.length[order], flow)
+    end = running_max(segments.position[order] + segments.length[order], flow)
     origin = int(arrival.min())
     at = AsOf(arrival - origin, flow).last_before(np.maximum(time - origin, 0), calls.flow)
     return np.where(at >= 0, end[np.maximum(at, 0)], NOWHERE)
-
-
-@njit(cache=True, nogil=True)
-def _running_max(values, group):
-    """Return the running maximum within each group of consecutive rows."""
-    result = values.copy()
-    for i in range(1, len(values)):
-        if group[i] == group[i - 1] and result[i - 1] > result[i]:
-            result[i] = result[i - 1]
-    return result
 
 
 def _owners(
@@ -195,7 +185,7 @@ def _repeated(segments: Segments, data: np.ndarray) -> np.ndarray:
     order = np.lexsort((segments.position[data], segments.flow[data]))
     rows = data[order]
     flow, position = segments.flow[rows], segments.position[rows]
-    end = _running_max(position + segments.length[rows], flow.astype(np.int64))
+    end = running_max(position + segments.length[rows], flow.astype(np.int64))
     overlaps = (flow[1:] == flow[:-1]) & (position[1:] < end[:-1])
     repeated = np.zeros(len(rows), bool)
     repeated[1:] |= overlaps
