@@ -262,7 +262,8 @@ def _queued(
     ready_rank = pick(path.rank[:, _READY], skb[packets], -1)
     seen = ready_rank >= 0
     socket = np.where(seen, pick(path.columns["socket"], skb[packets], 0), 0).astype(np.uint64)
-    low, high = fed.sockets_of(int(flow.max(initial=-1)) + 1)
+    # Earlier flows may have no datagram here, and new ones have fed nothing yet.
+    low, high = fed.sockets_of(int(max(flow.max(initial=-1), fed.flow.max(initial=-1))) + 1)
     low, high = low[flow], high[flow]
     place = ~seen & ~segments.is_freed[packets] & (low == high)
     received = pick(path.time[:, _RX], skb[packets], NAT)
