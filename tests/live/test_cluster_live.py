@@ -16,9 +16,11 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
+from rxlab.dataset.run import open_run
+from rxlab.dataset.schema import VERDICTS
 from rxlab.dataset.sweepstore import aggregate_sweep
 from rxlab.host.journalfile import default_journal_dir
-from rxlab.rundir import RUN_JSON
+from rxlab.rundir import RUN_JSON, list_runs
 
 SPEC = """
 title = "RPS on two machines"
@@ -126,7 +128,12 @@ def test_a_worker_killed_in_the_middle_costs_nothing(tmp_path: Path) -> None:
         for name in one.variables:
             np.testing.assert_array_equal(many[name].values, one[name].values, err_msg=str(name))
         assert (many["count"].sel(hop="round_trip_latency").sum("bucket") == 300).all()
-        assert (many.verdict.sel(arm="std") == 2).all(), "every traced run is trusted"
+        verdicts = many.verdict.sel(arm="std").values.ravel().tolist()
+    # Two machines' worth of recordings on one: perf may have been blind for a moment, and the run then says so. None is wrong.
+    results = [open_run(run.path).verify() for run in list_runs(out) if run.run["arm"] == "std"]
+    assert len(results) == len(verdicts) == 4
+    assert all(result["misjoined"] == 0 and result["checked"] >= 250 for result in results), results
+    assert sorted(verdicts) == sorted(VERDICTS.index(result["verdict"]) for result in results)
 
 
 def test_without_a_worker_that_may_record_it_is_one_line(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from rxlab.host.topology import snapshot_host
 from rxlab.record.testbed import NETNS_FOLDER, Endpoint, Testbed
 
 IS_LONG = os.environ.get("RXLAB_LONG") == "1"
-N_KILLS, N_INTERRUPTS = (100, 50) if IS_LONG else (8, 8)
+N_KILLS, N_INTERRUPTS = (100, 50) if IS_LONG else (5, 4)
 PART, PARTS = (int(word) for word in os.environ.get("RXLAB_SLICE", "1/1").split("/"))
 MARK = "RXLAB_CRASH_TEST"
 # A second or two on an idle machine.

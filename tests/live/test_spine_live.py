@@ -188,9 +188,7 @@ def of_this_test(mark: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("signum", "seconds"), [(signal.SIGKILL, 3), (signal.SIGKILL, 9), (signal.SIGINT, 6), (signal.SIGINT, 12)]
-)
+@pytest.mark.parametrize(("signum", "seconds"), [(signal.SIGKILL, 3), (signal.SIGKILL, 9), (signal.SIGINT, 6)])
 def test_demo_ended_in_the_middle_leaves_nothing(tmp_path: Path, signum: signal.Signals, seconds: float) -> None:
     mark = f"RXLAB_DEMO_TEST={tmp_path.name}-{signum}-{seconds}"
     command = [sys.executable, "-m", "rxlab", "demo", "--out", str(tmp_path / "out")]
