@@ -93,7 +93,12 @@ def attribute(
     switches_in = AsOf(switch["rank"], task_ids(switch, "next_pid"))
     switches_out = AsOf(switch["rank"], task_ids(switch, "prev_pid"))
     by_task = AsOf(waking["rank"], task_ids(waking, "pid"))
-    by_cpu = AsOf(waking["rank"], waking["cpu"], task_ids(waking, "pid"))
+    # A timer in a hard interrupt may wake the reader right after data_ready; that is not the packet's doing.
+    is_timer = (
+        (waking["common_flags"] & TRACE_FLAG_HARDIRQ) != 0 if "common_flags" in waking else np.zeros(waking.n, bool)
+    )
+    candidates = np.flatnonzero(~is_timer)
+    by_cpu = AsOf(waking["rank"][candidates], waking["cpu"][candidates], task_ids(waking, "pid")[candidates])
     runnable = AsOf(wakeup["rank"], task_ids(wakeup, "pid"))
     known = (tid >= 0) & (consumed_rank >= 0)
     arrived = switches_in.last_before(np.where(known, consumed_rank, -1), tid)
@@ -103,8 +108,8 @@ def attribute(
     arrived = np.where(known, arrived, -1)
     arrived_rank = switches_in.rank_of(arrived, -1)
     slept = switches_out.rank_of(switches_out.last_before(arrived_rank, tid), -1)
-    own = by_cpu.first_after(np.where(known, ready.rank, -1), ready.cpu, tid)
-    own_rank, own_time = by_cpu.rank_of(own, _NEVER), pick(waking["time"], own, NAT)
+    own = pick(candidates, by_cpu.first_after(np.where(known, ready.rank, -1), ready.cpu, tid), -1)
+    own_rank, own_time = pick(waking["rank"], own, _NEVER), pick(waking["time"], own, NAT)
     # A wake-up that comes after the copy is spurious: the reader won the race.
     is_own = (own >= 0) & (own_rank < ready.limit) & (own_rank < arrived_rank)
     is_own &= ~lossy.touch(ready.time, own_time, ready.cpu) & ~lossy.touch(own_time, arrived_time)
@@ -126,10 +131,10 @@ def attribute(
     woke = waiting & is_own
     own = np.where(woke, own, -1)
     # The wake-up ends where the reader first runs. Preempted after that, or asleep for a lock, it is on its way already.
-    came = switches_in.first_after(by_cpu.rank_of(own, -1), tid)
+    came = switches_in.first_after(pick(waking["rank"], own, -1), tid)
     arrived = np.where(woke, came, arrived)
     arrived_rank = switches_in.rank_of(arrived, -1)
-    got_runnable = runnable.first_after(by_cpu.rank_of(own, -1), tid)
+    got_runnable = runnable.first_after(pick(waking["rank"], own, -1), tid)
     got_runnable = np.where(runnable.rank_of(got_runnable, _NEVER) < arrived_rank, got_runnable, -1)
     got_runnable = np.where(lossy.touch(own_time, pick(wakeup["time"], got_runnable, NAT)), -1, got_runnable)
     return Wake(own, got_runnable, np.where(waiting, arrived, -1), label)

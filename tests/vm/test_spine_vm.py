@@ -42,8 +42,28 @@ def test_nic_stages_are_seen_and_nested(run: Run) -> None:
     data = joined.packets["is_data"].astype(bool)
     times = joined.time[data][:, [STAGE_INDEX[name] for name in NIC_STAGES]]
     seen = times != NAT
+    # An interrupt that comes while NET_RX runs raises nothing: that run polls its queue, and no interrupt led to it.
+    late = came_in_the_run(run, np.flatnonzero(data))
+    assert (late & seen[:, 0]).sum() == 0
+    assert late.mean() <= 0.05
+    seen[:, 0] |= late
     for column, name in enumerate(NIC_STAGES):
         assert seen[:, column].mean() >= 0.99, name
-    whole = times[seen.all(axis=1)]
-    assert len(whole) >= 0.99 * len(times)
+    whole = times[seen.all(axis=1) & ~late]
+    assert len(whole) >= 0.94 * len(times)
     assert (np.diff(whole, axis=1) >= 0).all()
+
+
+def came_in_the_run(run: Run, rows: np.ndarray) -> np.ndarray:
+    """Tell for which packets without a hardirq their queue's own interrupt came after the softirq run that took them began."""
+    joined, entries = run.joined, run.perf.events["irq:irq_handler_entry"]
+    irqs = {queue["queue"]: queue["irq"] for queue in run.host["ifaces"][run.run["iface"]]["queues"]}
+    found = np.zeros(len(rows), bool)
+    for at, row in enumerate(rows.tolist()):
+        softirq, driver = joined.time[row, [STAGE_INDEX["softirq"], STAGE_INDEX["driver_rx"]]]
+        if joined.time[row, STAGE_INDEX["hardirq"]] == NAT and NAT not in (softirq, driver):
+            mine = (entries["irq"] == irqs[int(joined.packets["rx_queue"][row])]) & (
+                entries["cpu"] == joined.cpu[row, STAGE_INDEX["driver_rx"]]
+            )
+            found[at] = bool((mine & (entries["time"] > softirq) & (entries["time"] < driver)).any())
+    return found
