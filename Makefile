@@ -24,10 +24,13 @@ report: system-record $(STAMP) ## set up, record RPS off and on (or take data/ w
 test: system-test $(STAMP) ## set up and run the whole test suite; the live part needs root
 	@.ci/test $(BIN)/python
 
+# An emulated CPU stops wherever this machine's does, so a guest meets orders of events that are rare elsewhere: what fails is
+# tried once more, both outcomes are printed, and what is wrong by itself fails twice.
+GUESTS = RXLAB_VM=1 timeout --foreground --signal=INT --kill-after=60 45m $(BIN)/python -m pytest tests/vm
 # A guest shares this machine's root file system, so root; kernels and QEMU (800 MB) are kept in ~/.cache/rxlab-vm.
 test-vm: system-test $(STAMP) ## other kernels and a NIC with queues, in QEMU
 	@tests/vm/fetch
-	RXLAB_VM=1 timeout --foreground --signal=INT --kill-after=60 45m $(BIN)/python -m pytest tests/vm
+	@$(GUESTS) || { echo 'rxlab: what failed once more, in guests of its own'; $(GUESTS) --last-failed; }
 
 check: $(STAMP) ## linters and types
 	$(BIN)/ruff check .
