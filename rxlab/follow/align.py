@@ -105,8 +105,9 @@ def _pair(path: KernelPath, received: Columns, events: Mapping[str, Columns]) ->
     """Match received packets to skbs: by the TCP key where it identifies enough of them, else by the gaps."""
     is_tcp = np.flatnonzero((received["proto"] == TCP) & (received["tcp_flags"] & ACK_FLAG > 0))
     probed = np.flatnonzero(path.columns["snd_una"] >= 0)
-    if min(len(is_tcp), len(probed)) >= MIN_PACKETS:
-        probes = event_columns(events, "tcp:tcp_probe")
+    probes = event_columns(events, "tcp:tcp_probe")
+    # Without snd_nxt a packet behind a missing one passes for it.
+    if min(len(is_tcp), len(probed)) >= MIN_PACKETS and "snd_nxt" in probes:
         row = np.searchsorted(probes["rank"], path.rank[probed, STAGE_INDEX["tcp_rcv"]])
         facts = path.columns
         pairs = match_tcp_keys(
@@ -116,7 +117,7 @@ def _pair(path: KernelPath, received: Columns, events: Mapping[str, Columns]) ->
             (facts["sport"][probed], facts["dport"][probed]),
             facts["snd_una"][probed],
             facts["probe_len"][probed],
-            event_nxt=probes["snd_nxt"][row] if "snd_nxt" in probes else None,
+            event_nxt=probes["snd_nxt"][row],
         )
         if len(pairs.packet) >= max(MIN_PACKETS, len(is_tcp) // 10):
             return Pairs(is_tcp[pairs.packet], probed[pairs.event], pairs.ratio, pairs.method)

@@ -70,7 +70,7 @@ def match_tcp_keys(
     event_una: np.ndarray,
     event_len: np.ndarray,
     *,
-    event_nxt: np.ndarray | None = None,
+    event_nxt: np.ndarray,
 ) -> Pairs:
     """Match received TCP packets to tcp_probe events without any clock.
 
@@ -107,11 +107,9 @@ def match_tcp_keys(
     where[code[n:]] = np.arange(m)
     good = once[code[:n]] if n else np.zeros(0, bool)
     packet, event = known[good], where[code[:n][good]]
-    if event_nxt is not None:
-        beyond = (packet_ack.astype(np.int64)[packet] - event_nxt.astype(np.int64)[event]) % 2**32
-        ahead = (beyond > 0) & (beyond < 2**31)
-        packet, event = packet[~ahead], event[~ahead]
-    return Pairs(packet, event, np.inf, "tcp_key")
+    beyond = (packet_ack.astype(np.int64)[packet] - event_nxt.astype(np.int64)[event]) % 2**32
+    ahead = (beyond > 0) & (beyond < 2**31)
+    return Pairs(packet[~ahead], event[~ahead], np.inf, "tcp_key")
 
 
 def _running_ack(flow: np.ndarray, ack: np.ndarray) -> np.ndarray:

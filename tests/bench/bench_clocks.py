@@ -6,6 +6,8 @@ match 2.5 s.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pyperf
 
@@ -36,7 +38,8 @@ def main() -> None:
     runner.bench_func("clocks: convert 1e6 stamps", envelope.to_event_clock, stamp)
     runner.bench_func("clocks: match by gaps, 1e6 packets", match_sequences, stamp, length, event, length)
     keys = ((port, port), 64 * turn + 64, length, (port, port), 64 * turn, length)
-    runner.bench_func("clocks: match by the TCP key, 1e6 packets", match_tcp_keys, *keys)
+    by_key = partial(match_tcp_keys, *keys, event_nxt=64 * turn + 64)
+    runner.bench_func("clocks: match by the TCP key, 1e6 packets", by_key)
 
 
 if __name__ == "__main__":
