@@ -6,6 +6,8 @@ makes of several at a time, with an owner that dies between two writes.
 
 from __future__ import annotations
 
+import itertools
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
@@ -153,7 +155,62 @@ def finish(host: FakeHost, path: Path) -> RestoreReport:
     with pytest.MonkeyPatch.context() as patch, open_journal(path) as (records, is_free):
         assert is_free
         patch.setattr(recovery, "HostAccess", lambda netns, root: host.open(netns))
+        patch.setattr(recovery, "stop_processes", lambda *_: [])  # none here
         return undo(records, path)
+
+
+class Killed(BaseException):
+    """The end of an owner between two system calls."""
+
+
+def kill_in_restore(host: FakeHost, wanted: dict[str, object], *, writes: int, somebody: str = "") -> bool:
+    """Kill an owner after so many writes of its restore; False where it made fewer."""
+    write, left = Setting.write, [writes]
+
+    def count_down(setting: Setting, access: HostAccess, raw: str) -> None:
+        write(setting, access, raw)
+        left[0] -= 1
+        if left[0] == 0:
+            raise Killed
+
+    options = {"allow_system_changes": True, "journal_dir": host.root.parent / "journal", "open_access": host.open}
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            with apply(wanted, iface="eth0", **options):
+                if somebody:
+                    host.write(somebody, "7")
+                patch.setattr(Setting, "write", count_down)
+                patch.setattr(Transaction, "close", lambda self: os.close(self._file))
+        except Killed:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("somebody", ["", "proc/sys/net/core/netdev_budget"])
+def test_an_owner_killed_in_the_middle_of_its_restore(tmp_path: Path, somebody: str) -> None:
+    """What its own writes had the driver reset, to values that nobody had read back, is not taken for somebody else's."""
+    wanted = {**wanted_of("channels"), "irq_cpus": "0", "irqbalance": "off", "rss-table": "0"}
+    for writes in itertools.count(1):
+        host = FakeHost(tmp_path / f"{writes}" / "root")
+        for queue in (0, 1):
+            host.write(f"sys/class/net/eth0/queues/rx-{queue}/rps_cpus", "2")
+            host.write(f"proc/irq/{25 + queue}/smp_affinity_list", "1")
+            host.write(f"proc/irq/{25 + queue}/effective_affinity_list", "1")
+        before = host.state()
+        if not kill_in_restore(host, wanted, writes=writes, somebody=somebody):
+            break
+        (path,) = journals(host)
+        with open(path, "a") as stream:
+            stream.write('{"kind": "restor')  # killed once more while it wrote
+        report = finish(host, path)
+        assert report.ok
+        assert not journals(host)
+        assert [line.partition(" ")[0] for line in report.foreign] == (["netdev_budget"] if somebody else [])
+        if somebody:
+            assert host.read(somebody) == "7"
+            host.write(somebody, before[0][somebody].decode().strip())
+        assert host.state() == before, writes
+    assert writes > 10
 
 
 ROUNDED = {key: place for key, place in SETTINGS.items() if KINDS[key.partition(":")[0]].value in ("int", "us")}

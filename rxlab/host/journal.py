@@ -6,7 +6,8 @@ block restores; if this process dies first, a watchdog process does; if that die
 The journal is one file per transaction of JSON lines, only appended to. Its lock (flock) is shared with the watchdog, so a
 journal whose lock is free belongs to nobody and may be undone, and one whose lock is held is never touched. Records:
 ``header``, ``claim`` (what it reserves: "host" or "testbed NAME"), ``change`` (snapshot), ``applied`` (values read back),
-``restored``, ``namespace``, ``link``, ``instance`` (of tracefs), ``process``, ``closed``.
+``restoring`` (what somebody else has changed), ``restored``, ``namespace``, ``link``, ``instance`` (of tracefs), ``process``,
+``closed``.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from rxlab.host.journalfile import (
     folder_lock,
     make_folder,
     name_journal,
+    noting,
     open_journal,
 )
 from rxlab.host.kinds import CHANNELS, KINDS
@@ -231,7 +233,7 @@ class Transaction:
     def _restore(self, record: dict[str, Any], got: dict[str, str] | None) -> None:
         with interrupt_later():
             report = RestoreReport()
-            restore_change(record, got, self._access_of, report)
+            restore_change(record, got, self._access_of, report, note=noting(self._path, record["change"]))
             self.report.add(report)
             if report.ok:
                 self._append({"kind": "restored", "change": record["change"]})

@@ -6,8 +6,8 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +72,30 @@ def append_record(journal: int, record: Record) -> None:
         ) from None
 
 
+def noting(path: Path, change: int) -> Callable[[dict[str, str]], None]:
+    """Return what notes that a change is being restored; a disk that is full does not keep it from that."""
+
+    def note(foreign: dict[str, str]) -> None:
+        with suppress(OSError, HostSettingError):
+            journal = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+            try:
+                os.ftruncate(journal, len(_complete(journal)))
+                append_record(journal, {"kind": "restoring", "change": change, "got": foreign})
+            finally:
+                os.close(journal)
+
+    return note
+
+
 def read_records(journal: int) -> list[Record]:
     """Return the records of an open journal; a last line cut short belongs to an action that never began."""
-    text = os.pread(journal, os.fstat(journal).st_size, 0).decode()
-    complete = text[: text.rfind("\n") + 1]
-    return [json.loads(line) for line in complete.splitlines()]
+    return [json.loads(line) for line in _complete(journal).splitlines()]
+
+
+def _complete(journal: int) -> bytes:
+    """Return an open journal without a last line cut short."""
+    text = os.pread(journal, os.fstat(journal).st_size, 0)
+    return text[: text.rfind(b"\n") + 1]
 
 
 def named(records: list[Record], kind: str) -> list[str]:

@@ -16,6 +16,7 @@ from rxlab.host.journalfile import (
     boot_id,
     default_journal_dir,
     named,
+    noting,
     open_journal,
     read_records,
 )
@@ -84,13 +85,14 @@ def undo(records: list[Record], path: Path) -> RestoreReport:
         return report
     root, namespaces = Path(header["root"]), named(records, "namespace")
     done = {record["change"] for record in records if record["kind"] == "restored"}
-    got = {record["change"]: record["got"] for record in records if record["kind"] == "applied"}
+    got = {record["change"]: record["got"] for record in records if record["kind"] in ("applied", "restoring")}
     access_of = AccessCache(lambda netns: HostAccess(netns, root))
     for record in reversed(records):
         if record["kind"] == "change" and record["change"] not in done:
             # Settings inside the testbed's namespaces go with them.
             kept = [fields for fields in record["settings"] if fields["netns"] not in namespaces]
-            restore_change({"settings": kept}, got.get(record["change"]), access_of, report)
+            note = noting(path, record["change"])
+            restore_change({"settings": kept}, got.get(record["change"]), access_of, report, note=note)
     access_of.close()
     processes = [(record["pid"], record["start"]) for record in records if record["kind"] == "process"]
     for _ in range(2):  # a command of the dead owner may have made a namespace while the first round ran

@@ -112,7 +112,12 @@ class AccessCache:
 
 
 def restore_change(
-    change: Mapping[str, Any], got: Mapping[str, str] | None, access_of: AccessCache, report: RestoreReport
+    change: Mapping[str, Any],
+    got: Mapping[str, str] | None,
+    access_of: AccessCache,
+    report: RestoreReport,
+    *,
+    note: Callable[[dict[str, str]], None] = lambda foreign: None,
 ) -> None:
     """Put the settings of one change back to their snapshot and verify that they are.
 
@@ -121,10 +126,14 @@ def restore_change(
     change : mapping
         The journal's "change" record: each setting with its raw value ``before``, None where it did not exist.
     got : mapping or None
-        Canonical values read back after the change, by id; None when the change was still being written, so that any
-        value may be ours.
+        Canonical values read back after the change, by id: another one than that is somebody else's. None when the change was
+        still being written; then, as for a setting that is not in it, any value may be ours.
+    note : callable
+        Told, before the first write, the values of `got` that somebody else has changed: what `got` is from then on, because a
+        driver resets other settings as a side effect of a write, to values that nobody had read back.
     """
     todo: list[tuple[Setting, str]] = []
+    foreign: dict[str, str] = {}
     for fields in change["settings"]:
         setting, before = Setting.from_json(fields), fields["before"]
         if before is None:
@@ -133,10 +142,12 @@ def restore_change(
         setting.release(access_of(setting.netns))
         last_seen = got.get(setting.id) if got is not None else None
         now = _value(setting, access_of)
-        if last_seen is not None and now not in (None, last_seen, setting.canonical(before)):
+        if last_seen is not None and now is not None and now not in (last_seen, setting.canonical(before)):
+            foreign[setting.id] = last_seen
             report.foreign.append(f"{setting.label} is {now}, we had left it at {last_seen}")
         else:
             todo.append((setting, before))
+    note(foreign)
     # First backwards, through states that the host has been in: veth cannot leave threaded NAPI when GRO, and with it NAPI, is off
     # already. Then forwards, because a write of low rank may have reset settings of higher rank or brought their queues back;
     # what a driver refuses because of another setting (fewer channels than the RSS table uses) is tried again after that.
