@@ -177,5 +177,13 @@ def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return body[-1].end_lineno - body[0].lineno + 1 if body else 0
 
 
+@pytest.mark.parametrize("path", sorted((REPO / "tests" / "bench").glob("bench_*.py")), ids=lambda path: path.stem)
+def test_workers_of_a_benchmark_see_what_their_manager_sees(path: Path) -> None:
+    """pyperf gives its workers a bare environment: one that reads a variable itself counts other benchmarks than its manager."""
+    script, runner = path.read_text(), (REPO / "tests" / "bench" / "run").read_text()
+    handed_on = " ".join(re.findall(r"(?:--inherit-environ |inherit_environ = ).*", runner + script))
+    assert all(name in handed_on for name in re.findall(r"environ(?:\.get\(|\[)\"(\w+)\"", script))
+
+
 def test_no_room_for_odds_and_ends() -> None:
     assert [path.name for path in MODULES if path.stem in {"utils", "util", "helpers", "common", "misc"}] == []

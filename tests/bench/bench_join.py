@@ -74,6 +74,9 @@ def join_slabs(loops: int, kind: str, millions: int) -> float:
 def main() -> None:
     """Run the benchmarks."""
     runner = pyperf.Runner()
+    # A worker is told the number of its benchmark: it must count them as its manager does.
+    args = runner.parse_args()
+    args.inherit_environ = [*(args.inherit_environ or ()), "LARGE"]
     for kind in ("TCP", "polled UDP"):
         for millions in SIZES:
             name = f"join: {kind}, {millions} million events, CPU"
