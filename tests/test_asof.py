@@ -13,12 +13,13 @@ ROWS = st.lists(
 )
 
 
-@given(rows=ROWS, wanted=ROWS, inclusive=st.booleans())
+@given(rows=ROWS, wanted=ROWS, inclusive=st.booleans(), spread=st.sampled_from([1, 40, 10**12]))
 def test_agrees_with_a_loop(
-    rows: list[tuple[int, int, int]], wanted: list[tuple[int, int, int]], inclusive: bool
+    rows: list[tuple[int, int, int]], wanted: list[tuple[int, int, int]], inclusive: bool, spread: int
 ) -> None:
-    table = np.array(rows, np.int64).reshape(-1, 3)
-    look = np.array(wanted, np.int64).reshape(-1, 3)
+    # Groups that lie close together are counted in a table; others, and many pairs, are hashed.
+    table = np.array(rows, np.int64).reshape(-1, 3) * [1, spread, spread]
+    look = np.array(wanted, np.int64).reshape(-1, 3) * [1, spread, spread]
     index = AsOf(table[:, 0], table[:, 1], table[:, 2])
     before = index.last_before(look[:, 0], look[:, 1], look[:, 2], inclusive=inclusive)
     after = index.first_after(look[:, 0], look[:, 1], look[:, 2], inclusive=inclusive)
@@ -28,6 +29,18 @@ def test_agrees_with_a_loop(
         later = [(r, i) for r, i in same if r > rank or (inclusive and r == rank)]
         assert found_before == (max(earlier)[1] if earlier else -1)
         assert found_after == (min(later)[1] if later else -1)
+
+
+def test_many_groups_in_any_order_agree_with_a_sorted_search() -> None:
+    """More groups than the first hash table holds, rows and look-ups shuffled: each search may go far either way."""
+    rng = np.random.default_rng(1)
+    rank, group = rng.permutation(20_000), rng.integers(0, 3_000, 20_000) * 2**40
+    wanted, of = rng.integers(0, 20_000, 5_000), rng.integers(0, 3_001, 5_000) * 2**40
+    order = np.lexsort((rank, group))
+    key = group[order] // 2**40 * 20_000 + rank[order]
+    at = np.searchsorted(key, of // 2**40 * 20_000 + wanted) - 1
+    expected = np.where((at >= 0) & (group[order[at]] == of), order[at], -1)
+    assert AsOf(rank, group).last_before(wanted, of).tolist() == expected.tolist()
 
 
 def test_negative_rank_finds_nothing() -> None:

@@ -6,7 +6,13 @@ Ranks are positions in the recording's global order (time, CPU, file offset), so
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
+
+from rxlab.read.compiler import njit
+
+_MOST = np.iinfo(np.int64).max
+# Groups whose numbers lie so close together (CPUs, mostly) are counted in a table instead of a hash.
+_CLOSE = 1_024
+_NO_TABLE = np.empty(0, np.int64)
 
 
 class AsOf:
@@ -15,71 +21,93 @@ class AsOf:
     Parameters
     ----------
     rank : int64 array, dims (row,)
-        Global order of the rows; unique.
+        Global order of the rows, none below 0 is ever found; of equal ones the order of the rows counts.
     *groups : integer arrays, dims (row,)
         What must be equal (CPU, tid, skb address, ...). Several are combined.
 
     Notes
     -----
-    Groups become dense codes by hashing and the key ``code * span + rank`` is searched, as in pandas.merge_asof but for many
-    groups in one vectorised call. Rows of the look-up side whose group never occurs here find nothing (-1).
+    The rows of each group lie together, in order. Both sides of a look-up come nearly in order of rank, so each search begins
+    where its group's last one ended: a merge, whose cost does not grow with the recording, and still right in any order.
+    Rows of the look-up side whose group never occurs here find nothing (-1).
     """
 
     def __init__(self, rank: np.ndarray, *groups: np.ndarray) -> None:
-        self._rank = np.asarray(rank, np.int64)
-        self._tables: list[pd.Index] = []
-        code = np.zeros(len(rank), np.int64)
+        self._rank = np.ascontiguousarray(rank, np.int64)
+        self._tables: list[_Table] = []
+        n = len(self._rank)
+        code, size = np.zeros(n, np.int64), 1
         for group in groups:
-            codes, values = pd.factorize(group)
-            self._tables.append(pd.Index(values))
-            code = code * max(len(values), 1) + codes
-        self._span = int(self._rank.max()) + 2 if len(rank) else 2
-        self._order = self._sort(code)
-        self._key = (code * self._span + self._rank)[self._order]
+            table = _Table.of(group)
+            self._tables.append(table)
+            table.add_to(code, group)
+            size *= table.size
+        self._pairs: _Table | None = None
+        if size > max(_CLOSE, 2 * n) and len(groups) > 1:
+            # Of all combinations few occur.
+            self._pairs = _Table.of(code)
+            code, combined = np.zeros(n, np.int64), code
+            self._pairs.add_to(code, combined)
+            size = self._pairs.size
+        number = np.int32 if n <= np.iinfo(np.int32).max else np.int64
+        self._start, self._order, self._key = np.empty(size + 1, np.int64), np.empty(n, number), np.empty(n, np.int64)
+        if not _lay_out(self._rank, code, _NO_TABLE, self._start, self._order, self._key):
+            by_rank = np.argsort(self._rank, kind="stable")
+            _lay_out(self._rank, code, by_rank, self._start, self._order, self._key)
 
-    def _sort(self, code: np.ndarray) -> np.ndarray:
-        """Return the order of the keys. Rows of one event come in rank order: a stable sort by code is then enough."""
-        is_ranked = bool((self._rank[1:] > self._rank[:-1]).all())
-        if is_ranked and (not len(code) or code.max() < 1 << 16):
-            return np.argsort(code.astype(np.uint16), kind="stable")  # a radix sort: linear
-        return np.argsort(code * self._span + self._rank, kind="stable")
-
-    def _locate(self, rank: np.ndarray, groups: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """Return the key of each look-up row's group and whether the group exists."""
+    def _find(self, rank: np.ndarray, groups: tuple[np.ndarray, ...], add: int, back: int) -> np.ndarray:
+        """Return the row at (`back` 1: before) each look-up row's first place not below ``rank + add`` in its group."""
         code = np.zeros(len(rank), np.int64)
-        known = np.ones(len(rank), bool)
         for table, group in zip(self._tables, groups, strict=True):
-            at = table.get_indexer(pd.Index(group))
-            known &= at >= 0
-            code = code * max(len(table), 1) + at
-        return code * self._span, known
+            table.add_to(code, group)
+        if self._pairs is not None:
+            code, combined = np.zeros(len(rank), np.int64), code
+            self._pairs.add_to(code, combined)
+        found = np.empty(len(rank), np.int64)
+        _search(np.ascontiguousarray(rank, np.int64), code, self._start, self._key, self._order, add, back, found)
+        return found
 
     def last_before(self, rank: np.ndarray, *groups: np.ndarray, inclusive: bool = False) -> np.ndarray:
         """Return for each look-up row the index of the last row of its group with a lower rank, or -1."""
-        base, known = self._locate(rank, groups)
-        wanted = np.clip(rank, -1, self._span - 1)
-        at = np.searchsorted(self._key, base + wanted, side="right" if inclusive else "left") - 1
-        return self._checked(at, base, known & (rank >= 0))
+        return self._find(rank, groups, int(inclusive), 1)
 
     def first_after(self, rank: np.ndarray, *groups: np.ndarray, inclusive: bool = False) -> np.ndarray:
         """Return for each look-up row the index of the first row of its group with a higher rank, or -1."""
-        base, known = self._locate(rank, groups)
-        wanted = np.clip(rank, -1, self._span - 1)
-        at = np.searchsorted(self._key, base + wanted, side="left" if inclusive else "right")
-        return self._checked(at, base, known & (rank >= 0))
-
-    def _checked(self, at: np.ndarray, base: np.ndarray, known: np.ndarray) -> np.ndarray:
-        if not len(self._key):
-            return np.full(len(at), -1, np.int64)
-        inside = known & (at >= 0) & (at < len(self._key))
-        safe = np.where(inside, at, 0)
-        key = self._key[safe]
-        inside &= (key >= base) & (key < base + self._span)
-        return np.where(inside, self._order[safe], -1)
+        return self._find(rank, groups, int(not inclusive), 0)
 
     def rank_of(self, row: np.ndarray, missing: int) -> np.ndarray:
         """Return the rank of each found row, `missing` where none was found."""
         return pick(self._rank, row, missing)
+
+
+class _Table:
+    """The numbers that occur, each with a code from 0 on: by their distance from the lowest, or hashed."""
+
+    def __init__(self, low: int, size: int, keys: np.ndarray, slots: np.ndarray) -> None:
+        self.low, self.size, self.keys, self.slots = low, size, keys, slots
+
+    @classmethod
+    def of(cls, numbers: np.ndarray) -> _Table:
+        """Return the table of some numbers."""
+        numbers = _as_int64(numbers)
+        if not len(numbers):
+            return cls(0, 0, _NO_TABLE, _NO_TABLE)
+        low, high = int(numbers.min()), int(numbers.max())
+        if high - low < max(_CLOSE, 2 * len(numbers)):
+            return cls(low, high - low + 1, _NO_TABLE, _NO_TABLE)
+        keys, slots, size = _hashed(numbers)
+        return cls(0, int(size), keys, slots)
+
+    def add_to(self, code: np.ndarray, numbers: np.ndarray) -> None:
+        """Make each code one of (code, number), -1 where the number does not occur."""
+        _combine(code, _as_int64(numbers), self.low, self.size, self.keys, self.slots)
+
+
+def _as_int64(numbers: np.ndarray) -> np.ndarray:
+    """Return integers as int64; those of 64 bits without sign keep their bits."""
+    numbers = np.asarray(numbers)
+    numbers = numbers.view(np.int64) if numbers.dtype == np.uint64 else numbers
+    return np.ascontiguousarray(numbers, np.int64)
 
 
 def pick(values: np.ndarray, row: np.ndarray, missing: int) -> np.ndarray:
@@ -87,3 +115,107 @@ def pick(values: np.ndarray, row: np.ndarray, missing: int) -> np.ndarray:
     if not len(values):
         return np.full(len(row), missing, values.dtype)
     return np.where(row >= 0, values[np.maximum(row, 0)], np.asarray(missing).astype(values.dtype))
+
+
+@njit(cache=True, nogil=True)
+def _place(number, mask):
+    """Return where in a table a number is looked for first (Knuth's multiplicative hash, its high bits)."""
+    return np.int64((np.uint64(number) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)) & mask
+
+
+@njit(cache=True, nogil=True)
+def _hashed(numbers):
+    """Return a hash table of the numbers that occur and their codes, and how many there are."""
+    capacity = 1 << 10
+    keys, slots = np.empty(capacity, np.int64), np.full(capacity, -1, np.int64)
+    size = 0
+    for number in numbers:
+        at = _place(number, capacity - 1)
+        while slots[at] >= 0 and keys[at] != number:
+            at = (at + 1) & (capacity - 1)
+        if slots[at] >= 0:
+            continue
+        keys[at], slots[at] = number, size
+        size += 1
+        if 2 * size > capacity:
+            old_keys, old_slots = keys, slots
+            capacity *= 4
+            keys, slots = np.empty(capacity, np.int64), np.full(capacity, -1, np.int64)
+            for k in range(len(old_slots)):
+                if old_slots[k] >= 0:
+                    at = _place(old_keys[k], capacity - 1)
+                    while slots[at] >= 0:
+                        at = (at + 1) & (capacity - 1)
+                    keys[at], slots[at] = old_keys[k], old_slots[k]
+    return keys, slots, size
+
+
+@njit(cache=True, nogil=True)
+def _combine(code, numbers, low, size, keys, slots):
+    """See :meth:`_Table.add_to`."""
+    mask = len(keys) - 1
+    for i in range(len(code)):
+        number, mine = numbers[i], np.int64(-1)
+        if mask < 0:
+            if low <= number < low + size:
+                mine = number - low
+        else:
+            at = _place(number, mask)
+            while slots[at] >= 0 and keys[at] != number:
+                at = (at + 1) & mask
+            mine = slots[at]
+        code[i] = code[i] * size + mine if code[i] >= 0 and mine >= 0 else -1
+
+
+@njit(cache=True, nogil=True)
+def _lay_out(rank, code, by_rank, start, order, key):
+    """Lay the rows of each group together, in the order they come or `by_rank`; tell whether their ranks are in order then."""
+    start[:] = 0
+    for one in code:
+        start[one + 1] += 1
+    for group in range(1, len(start)):
+        start[group] += start[group - 1]
+    fill = start[:-1].copy()
+    for i in range(len(rank)):
+        row = by_rank[i] if len(by_rank) else i
+        group = code[row]
+        at = fill[group]
+        if at > start[group] and key[at - 1] > rank[row]:
+            return False
+        order[at], key[at] = row, rank[row]
+        fill[group] = at + 1
+    return True
+
+
+@njit(cache=True, nogil=True)
+def _search(rank, code, start, key, order, add, back, found):
+    """See :meth:`AsOf._find`: outward from where the group's last search ended, in steps that double, then by halves."""
+    cursor = start.copy()
+    for i in range(len(rank)):
+        group = code[i]
+        found[i] = -1
+        if group < 0 or rank[i] < 0:
+            continue
+        first, end, want = start[group], start[group + 1], min(rank[i], _MOST - 1) + add
+        low = high = cursor[group]
+        step = 1
+        if low < end and key[low] < want:
+            while high < end and key[high] < want:
+                low = high + 1
+                high = min(low + step, end)
+                step *= 2
+        else:
+            while low > first and key[low - 1] >= want:
+                high = low - 1
+                low = max(high - step, first)
+                step *= 2
+        while low < high:
+            middle = (low + high) // 2
+            if key[middle] < want:
+                low = middle + 1
+            else:
+                high = middle
+        cursor[group] = low
+        at = low - back
+        if first <= at < end and key[at] >= 0:
+            found[i] = order[at]
