@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from rxlab.errors import RefusedError, RxlabError, UsageError
-from rxlab.hostcommand import Iface, Json, Netns, host_app, print_json
+from rxlab.hostcommand import Force, Iface, Json, Netns, host_app, print_json
 
 app = typer.Typer(
     help="Follow every received packet from the NIC to recvmsg(), and see what RPS, RFS and affinity really do.",
@@ -69,7 +69,8 @@ def demo(
     """Record RPS off and on over the embedded testbed (or use recorded runs), analyse, and write the report."""
     from rxlab.pipeline import demo as run_demo
 
-    report = run_demo(out, messages=messages, reps=reps, say=_say)
+    with _kept(out, "give the same command again: these runs are then set aside"):
+        report = run_demo(out, messages=messages, reps=reps, say=_say)
     print(f"report: {report}")
 
 
@@ -140,7 +141,7 @@ def capture(
     }  # fmt: skip
     # A client on this host cannot send through an interface of this host: there, live traffic is recorded.
     is_live = attach or bool(command) or (iface is not None and not testbed and not remote)
-    with _working("recording") as progress:
+    with _kept(out, "give the same command again"), _working("recording") as progress:
         run = record_run(
             out,
             iface=iface,
@@ -200,21 +201,22 @@ def compare(
     """Compare the host as it is with the given settings: apply, capture, restore, next; shuffled; then the report."""
     from rxlab.pipeline import compare as run_compare
 
-    report = run_compare(
-        out,
-        settings=_settings(settings),
-        iface=iface,
-        testbed=testbed or False,
-        reps=reps,
-        workload={"proto": proto, "messages": messages, "remote": remote},
-        command=command or None,
-        idle=idle,
-        allow_system_changes=allow,
-        yes_this_nic=yes_this_nic,
-        seed=seed,
-        dry_run=dry_run,
-        say=_say,
-    )
+    with _kept(out, "choose another --out"):
+        report = run_compare(
+            out,
+            settings=_settings(settings),
+            iface=iface,
+            testbed=testbed or False,
+            reps=reps,
+            workload={"proto": proto, "messages": messages, "remote": remote},
+            command=command or None,
+            idle=idle,
+            allow_system_changes=allow,
+            yes_this_nic=yes_this_nic,
+            seed=seed,
+            dry_run=dry_run,
+            say=_say,
+        )
     if report is not None:
         print(f"report: {report}")
 
@@ -238,20 +240,21 @@ def sweep(
     """Record every combination of a sweep spec, and lay all runs out as one Zarr dataset."""
     from rxlab.pipeline import run_sweep
 
-    store = run_sweep(
-        spec,
-        out,
-        testbed=testbed or False,
-        iface=iface,
-        reps=reps,
-        remote=remote,
-        scheduler=scheduler,
-        resume=resume,
-        allow_system_changes=allow,
-        yes_this_nic=yes_this_nic,
-        dry_run=dry_run,
-        say=_say,
-    )
+    with _kept(out, "give the same command with --resume"):
+        store = run_sweep(
+            spec,
+            out,
+            testbed=testbed or False,
+            iface=iface,
+            reps=reps,
+            remote=remote,
+            scheduler=scheduler,
+            resume=resume,
+            allow_system_changes=allow,
+            yes_this_nic=yes_this_nic,
+            dry_run=dry_run,
+            say=_say,
+        )
     if store is not None:
         print(f"dataset: {store}")
 
@@ -293,14 +296,15 @@ def analyze(
 @app.command()
 def inspect(file: Path, as_json: Json = False) -> None:
     """Tell what a perf.data, pcap or pcapng file holds."""
-    from rxlab.pipeline import inspect_file
+    from rxlab.read.inspect import inspect_file
 
     found = inspect_file(file)
     if as_json:
         print_json(found)
     else:
-        for key, value in found.items():
-            print(f"{key}: {value if not isinstance(value, dict) else json.dumps(value)}")
+        from rxlab.show.facts import inspection_text
+
+        print(inspection_text(file, found))
 
 
 @app.command()
@@ -381,11 +385,12 @@ def export(
         bool, typer.Option("--reveal", help="As recorded: no pseudonyms for addresses and hosts; pcapng with payload.")
     ] = False,
     hide_tasks: Annotated[bool, typer.Option("--hide-tasks", help="Pseudonyms for task names too.")] = False,
+    force: Force = False,
 ) -> None:
     """Write a run for another tool or to give away: pyperf, table, dataset, Wireshark with comments, ui.perfetto.dev."""
     from rxlab.show.exports import export_run
 
-    print(export_run(run, to, out, reveal=reveal, hide_tasks=hide_tasks))
+    print(export_run(run, to, out, reveal=reveal, hide_tasks=hide_tasks, force=force))
 
 
 @app.command()
@@ -398,6 +403,17 @@ def restore() -> None:
         print(line)
     if not done.ok:
         raise typer.Exit(1)
+
+
+@contextmanager
+def _kept(out: Path, go_on: str) -> Iterator[None]:
+    """Say after Ctrl-C what is kept of a recording, and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        from rxlab.record.runfolder import stopped
+
+        raise stopped(out, go_on) from None
 
 
 @contextmanager

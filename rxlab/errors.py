@@ -84,6 +84,12 @@ class CaptureError(RxlabError):
     """A capture could not start, or did not record all it was asked for."""
 
 
+class StoppedError(RxlabError):
+    """Ctrl-C ended a recording: what is kept of it. Exit status 128 + SIGINT."""
+
+    exit_code = 130
+
+
 class RefusedError(RxlabError):
     """The result exists but is below its threshold, so no verdict is given: exit status 3."""
 

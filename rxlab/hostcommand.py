@@ -13,6 +13,7 @@ host_app = typer.Typer(help="What this host is and how it is set.", no_args_is_h
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Iface = Annotated[str | None, typer.Option("--iface", help="Interface to look at.")]
 Netns = Annotated[str | None, typer.Option("--netns", help="Network namespace of the interface.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace a file that is there.")]
 
 
 @host_app.command("show")
@@ -33,11 +34,14 @@ def host_export(
     out: Annotated[Path | None, typer.Option("-o", "--out", help="File to write; printed when not given.")] = None,
     iface: Iface = None,
     netns: Netns = None,
+    force: Force = False,
 ) -> None:
     """Write all that 'host diff' compares: settings, interrupts, sysctls, ethtool, of one interface or all."""
     from rxlab.host.topology import snapshot_host
-    from rxlab.rundir import SCHEMA_VERSION, write_json
+    from rxlab.rundir import SCHEMA_VERSION, check_free, write_json
 
+    if out is not None:
+        check_free(out, force)
     snapshot = snapshot_host(iface, netns, everything=True)
     if out is None:
         print_json({"schema_version": SCHEMA_VERSION, **snapshot})
@@ -58,8 +62,9 @@ def host_diff(
     from rxlab.host.hostdiff import diff_lines, diff_snapshots, read_snapshot
     from rxlab.host.topology import snapshot_host
 
+    then = read_snapshot(before)
     now = read_snapshot(after) if after is not None else snapshot_host(iface, netns, everything=True)
-    differences = diff_snapshots(read_snapshot(before), now)
+    differences = diff_snapshots(then, now)
     if as_json:
         print_json(differences)
     else:

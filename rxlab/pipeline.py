@@ -64,12 +64,11 @@ def record_run(
     from rxlab.host.settings import parse_settings
     from rxlab.host.topology import resolve_intents
     from rxlab.record.capture import capture, note_restored
-    from rxlab.record.ports import open_testbed
+    from rxlab.record.ports import check_place, open_testbed
     from rxlab.record.sweep import reader_cpu
     from rxlab.record.workload import Command, Workload
 
-    if not testbed and not iface:
-        raise UsageError("nothing to capture on", expected="--iface IF or --testbed")
+    check_place(iface, testbed, netns)
     if server and not command:
         raise UsageError(
             "--server goes with a command", do="Give the client after --, e.g. -- curl http://10.77.0.2:8080/."
@@ -179,12 +178,11 @@ def compare(
     Path or None
         The report; None after a dry run.
     """
+    from rxlab.record.ports import check_place
+
     if not settings:
         raise UsageError("nothing to compare", expected="--set KEY=VALUE")
-    if bool(iface) == bool(testbed):
-        raise UsageError(
-            "nothing to compare on" if not iface else "two places to compare on", expected="--iface IF or --testbed"
-        )
+    check_place(iface, testbed)
     if iface not in (None, "lo") and not command and not (workload or {}).get("remote"):
         raise UsageError(
             "no traffic would cross the interface: a local client talks to itself over lo",
@@ -227,7 +225,7 @@ def experiment(
     """Record each configuration untraced and traced, `reps` times in shuffled order, analyse, and report."""
     from rxlab.host.idlecheck import idle_task_is_blind
     from rxlab.host.journal import apply
-    from rxlab.record.plan import link_lines
+    from rxlab.record.plan import check_disk, host_lines
     from rxlab.record.ports import open_testbed
     from rxlab.record.sweep import plan_sweep, sweep
     from rxlab.record.workload import Command, Workload
@@ -236,10 +234,11 @@ def experiment(
     cells = plan_sweep(configurations, reps=reps, arms=arms, seed=seed)
     if dry_run:
         runs_text = (f"{cell.name}: {_settings_text(cell.configuration)}" for cell in cells)
-        say("\n".join([*runs_text, *link_lines(configurations)]))
+        say("\n".join([*runs_text, *host_lines(configurations, testbed)]))
         return None
     fields = {key: value for key, value in (workload or {}).items() if value is not None}
     traffic = Command(list(command)) if command else Workload(**fields)
+    check_disk(folder, traffic, cells)
     _make_room(folder)
     blind = idle_task_is_blind() if idle == "auto" else None
     runs = []
@@ -298,7 +297,7 @@ def run_sweep(
     else:
         plan = plan_spec(spec, testbed=testbed, iface=iface, reps=reps, remote=remote)
     if dry_run:
-        say("\n".join(plan_lines(plan)))
+        say("\n".join(plan_lines(plan, testbed)))
         return None
     if scheduler is not None:
         return _sweep_on_cluster(plan, Path(out), scheduler, testbed=testbed, iface=iface, say=say, **options)
@@ -473,22 +472,6 @@ def verification_threshold(result: Mapping[str, Any]) -> str | None:
     if result["misjoined"]:
         return f"{result['misjoined']} packets are joined to the wrong receive call"
     return analysis_threshold(result)
-
-
-def inspect_file(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Tell what a perf.data, pcap or pcapng file holds, by its content, not its name."""
-    from rxlab.read.pcap import inspect_pcap
-    from rxlab.read.perfdata import inspect_perfdata
-
-    file = Path(path)
-    if not file.exists():
-        raise FormatError("no such file", where=str(file))
-    if file.is_dir():
-        return inspect_perfdata(file)
-    with open(file, "rb") as stream:
-        magic = stream.read(8)
-    is_perf = magic in (b"PERFILE2", b"2ELIFREP", b"PERFFILE", b"ELIFFREP")
-    return inspect_perfdata(file) if is_perf else inspect_pcap(file)
 
 
 def reader_moves_text(path: str | os.PathLike[str]) -> str:

@@ -55,7 +55,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rxlab.errors import FormatError, SchemaError
+from rxlab.errors import FormatError, SchemaError, UsageError
 
 SCHEMA_VERSION = 1
 
@@ -225,6 +225,14 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, path)
+
+
+def check_free(path: Path, force: bool = False) -> None:
+    """Refuse a file of the user's choice that is there already, unless it may be replaced."""
+    if path.exists() and not force:
+        raise UsageError(
+            "there is a file here already", where=str(path), do="Choose another -o, or give --force to replace it."
+        )
 
 
 def list_runs(path: str | os.PathLike[str]) -> Iterator[RunDir]:

@@ -538,7 +538,16 @@ def test_a_size_limit_ends_the_run_early(tmp_path: Path, transaction: Any) -> No
     assert run.run["got"]["seconds"] < 50
 
 
-def test_a_disk_too_full_ends_the_run_early(tmp_path: Path, transaction: Any) -> None:
+def test_a_disk_too_small_is_said_before_the_start(tmp_path: Path, transaction: Any) -> None:
+    with pytest.raises(CaptureError, match="the disk has no room for this: found .* MB free, expected"):
+        capture(tmp_path / "deep" / "run", iface="lo", duration=1, min_free=1 << 60, transaction=transaction)
+    assert not (tmp_path / "deep").exists()
+
+
+def test_a_disk_that_gets_too_full_ends_the_run_early(
+    tmp_path: Path, transaction: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capturing, "check_space", lambda *_: None)
     run = capture(
         tmp_path / "run", iface="lo", command=[sys.executable, "-c", "import time; time.sleep(60)"], events="none",
         idle="off", min_free=1 << 60, transaction=transaction,

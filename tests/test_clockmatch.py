@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pytest
 from simulate import MAC_LOCAL, OFFSET, simulate
 
-from rxlab.errors import ClockError
+from rxlab.errors import ClockError, UsageError
 from rxlab.follow.align import align_recordings
 from rxlab.follow.clockmatch import Pairs, match_sequences, match_tcp_keys
+from rxlab.read.columns import Columns
 
 SECOND = 10**9
 N = 100_000
@@ -158,6 +161,41 @@ def test_a_handful_is_refused() -> None:
     few = np.arange(20) * 1_000
     with pytest.raises(ClockError, match="too few packets"):
         match_sequences(few, few, few, few)
+
+
+def on_devices(events: Mapping[str, Columns], counts: Mapping[str, int]) -> dict[str, Columns]:
+    """Return the events with the receptions of other devices behind those of eth0."""
+    receive = events["net:netif_receive_skb"]
+    rows = np.arange(receive.n)
+    added = [rows[:count] for count in counts.values()]
+    grown = receive.take(np.concatenate([rows, *added]))
+    name = np.repeat(np.arange(len(counts) + 1), [receive.n, *counts.values()]).astype(receive["name"].dtype)
+    grown = grown.with_columns(name=name)
+    grown.attrs["categories"] = {**receive.attrs["categories"], "name": ["eth0", *counts]}
+    return {**events, "net:netif_receive_skb": grown}
+
+
+def test_several_devices_are_named_and_one_has_to_be_chosen() -> None:
+    world = simulate(seed=11, n=300, proto="udp")
+    several = on_devices(world.events, {"eth1": 290, "docker0": 3, "lo": 299})
+    with pytest.raises(UsageError) as refused:
+        align_recordings(several, world.packets)
+    assert refused.value.line() == (
+        "the recording holds several interfaces, and the capture does not say which one it is of: found "
+        "eth0 (300 packets), lo (299 packets), eth1 (290 packets), docker0 (3 packets). Give --iface eth0 or --iface eth1."
+    )
+    with pytest.raises(UsageError, match=r"--iface eth7: no packet was received on this interface: found eth0 \(300"):
+        align_recordings(several, world.packets, iface="eth7")
+
+
+def test_the_device_that_a_pcapng_names_is_taken_and_so_is_the_only_one() -> None:
+    world = simulate(seed=11, n=1_500, proto="udp", mean_gap_ns=200_000)
+    several = on_devices(world.events, {"eth1": 290})
+    packets = world.packets.with_columns(tcp_flags=np.zeros(world.packets.n, np.uint16))
+    packets.attrs["interfaces"] = [{"id": 0, "linktype": 1, "name": "eth0"}]
+    assert align_recordings(several, packets)[1] == "eth0"
+    packets.attrs["interfaces"] = [{"id": 0, "linktype": 1}]
+    assert align_recordings(on_devices(world.events, {"docker0": 63, "lo": 900}), packets)[1] == "eth0"
 
 
 @pytest.mark.parametrize("stamp", ["tap", "bracket"])

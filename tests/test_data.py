@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from rxlab.dataset.run import join_recordings, open_run
-from rxlab.errors import TruncatedFileError
+from rxlab.errors import TruncatedFileError, UsageError
 from rxlab.follow.clockfit import NAT
 from rxlab.follow.verify import calls_of_packets, read_app_log
 from rxlab.rundir import APP_LOG_STRUCT
@@ -129,6 +129,12 @@ def test_a_page_over_a_real_nic_driver() -> None:
         assert seen[:, STAGE_INDEX[stage]].all(), stage
     log = run.rundir.file("functions.log").read_text()
     assert sum(": " in line for line in log.splitlines() if not line.startswith("#")) == run.run["functions"]["calls"]
+
+
+def test_which_of_two_ports_was_captured_has_to_be_said() -> None:
+    """Both ends of the cable are in this recording: 302 packets by perf script, 147 and 155."""
+    with pytest.raises(UsageError, match=r"several interfaces.*eth1 \(155 packets\), eth0 \(147 packets\)"):
+        join_recordings(DATA / "igb-queues" / "perf.data", DATA / "igb-queues" / "rx.pcap")
 
 
 @pytest.mark.parametrize("name", ["udp-rps-off", "udp-rps-on", "tcp-rps-off", "tcp-rps-on"])

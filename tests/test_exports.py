@@ -108,3 +108,14 @@ def test_an_unknown_format_lists_the_known_ones(repo, tmp_path):
         exports.export_run(repo / "data" / "http", "har", tmp_path / "x")
     with pytest.raises(UsageError, match="one file"):
         exports.export_run(repo / "data" / "http", "csv", tmp_path)
+
+
+@pytest.mark.parametrize(("to", "given"), [("perfetto", "x.gz"), ("csv", "x"), ("csv", "x.csv"), ("netcdf", "x.nc")])
+def test_a_file_that_is_there_is_replaced_only_when_told(repo, tmp_path, to, given):
+    written = tmp_path / ("x.csv" if to == "csv" else given)
+    written.write_text("years of work")
+    with pytest.raises(UsageError, match=f"{written.name}: there is a file here already.*--force"):
+        exports.export_run(repo / "data" / "http", to, tmp_path / given)
+    assert written.read_text() == "years of work"
+    assert exports.export_run(repo / "data" / "http", to, tmp_path / given, force=True) == written
+    assert b"years of work" not in written.read_bytes()

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 from host_builder import FakeHost
+from typer.testing import CliRunner
 
-from rxlab.errors import HostSettingError
+from rxlab.__main__ import app
+from rxlab.errors import FormatError, HostSettingError, UsageError
 from rxlab.host import guard
 from rxlab.host.guard import check_allowed, lifeline_ifaces, ssh_connection
 from rxlab.host.hostdiff import diff_lines, diff_snapshots, read_snapshot, settings_drift
@@ -35,6 +37,37 @@ def test_two_looks_at_one_host_are_equal_and_a_change_is_named(tmp_path: Path) -
         "irqs.24.cpus": ("0-1", "0"),
         "network.net.core.netdev_budget": ("300", "600"),
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("gone", "nothing there"),
+        ("empty", "a folder without host.json"),
+        ("other.json", "JSON with schema_version, status"),
+    ],
+)
+def test_what_is_no_look_at_a_host_is_told_what_would_be(name: str, found: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    write_json(tmp_path / "other.json", {"status": "complete"})
+    with pytest.raises(FormatError) as refused:
+        read_snapshot(tmp_path / name)
+    assert refused.value.line() == (
+        f"{tmp_path / name}: not a look at a host: found {found}, "
+        "expected a file that 'rxlab host export -o FILE' wrote, or a run directory with its host.json"
+    )
+
+
+def test_an_export_is_not_overwritten_unless_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rxlab.host.topology.snapshot_host", lambda *_, **__: {"settings": {}})
+    before = tmp_path / "before.json"
+    before.write_text("how it was")
+    refused = CliRunner().invoke(app, ["host", "export", "-o", str(before)])
+    assert isinstance(refused.exception, UsageError)
+    assert "--force" in str(refused.exception)
+    assert before.read_text() == "how it was"
+    assert CliRunner().invoke(app, ["host", "export", "-o", str(before), "--force"]).exit_code == 0
+    assert read_snapshot(before)["settings"] == {}
 
 
 def test_what_came_or_went_is_said_and_what_only_one_looked_at_is_not(tmp_path: Path) -> None:

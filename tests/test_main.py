@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from rxlab import __main__ as cli
+from rxlab import pipeline
+from rxlab.rundir import write_json
 
 
 def rxlab(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -71,6 +75,27 @@ def test_a_testbed_that_does_not_exist_is_one_line(
     assert "ports:IF1,IF2" in lines[0]
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["capture", "-o", "x", "--testbed", "--iface", "lo"],
+        ["compare", "--set", "rps_cpus=0", "--testbed", "--iface", "lo"],
+        ["sweep", "rps_rfs", "--testbed", "--iface", "lo"],
+        ["capture", "-o", "x", "--testbed", "--netns", "blue"],
+    ],
+)
+def test_a_testbed_beside_an_interface_is_one_line(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, lines = run_main(monkeypatch, capsys, *command)
+    other = "--netns blue" if "blue" in command else "--iface lo"
+    assert status == 2
+    assert len(lines) == 1
+    assert f"two places to record on: found {other} and --testbed, expected one of them" in lines[0]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_help_and_no_arguments_print_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["rxlab", "--help"])
     with pytest.raises(SystemExit) as ended:
@@ -91,6 +116,97 @@ def test_ctrl_c_is_one_line_and_130(tmp_path: Path) -> None:
     """)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
     assert (done.returncode, done.stderr) == (130, "rxlab: interrupted\n")
+
+
+@pytest.fixture
+def interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., list[str]]:
+    """Have Ctrl-C come after a recording has left these runs in a folder; what is then on standard error."""
+
+    def stop(out: Path, command: list[str], runs: dict[str, dict[str, object]]) -> list[str]:
+        for name, content in runs.items():
+            (out / name).mkdir(parents=True)
+            write_json(out / name / "run.json", content)
+            if content["arm"] != "untraced" and content["status"] != "failed":
+                (out / name / "perf.data").write_bytes(b"PERFILE2")
+        for what in ("record_run", "compare", "run_sweep"):
+            monkeypatch.setattr(pipeline, what, lambda *_, **__: signal.default_int_handler(2, None))
+        status, lines = run_main(monkeypatch, capsys, *command)
+        assert status == 130
+        return lines
+
+    return stop
+
+
+WHOLE, PART, NONE = ({"status": status, "arm": "std"} for status in ("complete", "partial", "failed"))
+UNTRACED = {"status": "partial", "arm": "untraced"}
+
+
+@pytest.mark.parametrize(
+    ("runs", "said"),
+    [
+        (
+            {"": PART},
+            "interrupted, the run is kept: found a partial run. 'rxlab analyze {out}' takes it as far as it goes.",
+        ),
+        ({"": UNTRACED}, "interrupted, the run is kept: found a partial run. 'rxlab report {out}' tells of it."),
+        ({"": NONE}, "interrupted before a run was complete. To go on, give the same command again."),
+        ({}, "interrupted before a run was complete. To go on, give the same command again."),
+    ],
+)
+def test_ctrl_c_in_a_capture_says_what_is_kept(
+    tmp_path: Path, interrupted: Callable[..., list[str]], runs: dict[str, dict[str, object]], said: str
+) -> None:
+    out = tmp_path / "run"
+    lines = interrupted(out, ["capture", "-o", str(out), "--testbed"], runs)
+    assert lines == [f"rxlab: {out}: " + said.format(out=out)]
+
+
+@pytest.mark.parametrize(
+    ("command", "go_on"),
+    [
+        (["compare", "--set", "rps_cpus=0", "--testbed"], "choose another --out"),
+        (["sweep", "rps_rfs", "--testbed"], "give the same command with --resume"),
+    ],
+)
+def test_ctrl_c_among_many_runs_says_how_many_are_kept_and_how_to_go_on(
+    tmp_path: Path, interrupted: Callable[..., list[str]], command: list[str], go_on: str
+) -> None:
+    lines = interrupted(tmp_path, [*command, "-o", str(tmp_path)], {"a": WHOLE, "b": PART, "c": WHOLE})
+    assert lines == [
+        f"rxlab: {tmp_path}: interrupted, the runs are kept: found 2 complete runs. "
+        f"'rxlab report {tmp_path}' tells of them; to go on, {go_on}."
+    ]
+
+
+def test_what_a_recording_holds_is_told_for_people(
+    repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Numbers by perf script and capinfos (data/README.md): 14,949 events, 0 lost; 302 packets in 4.470996604 s."""
+
+    def told(file: Path) -> str:
+        monkeypatch.setattr(sys, "argv", ["rxlab", "inspect", str(file)])
+        with pytest.raises(SystemExit):
+            cli.main()
+        return capsys.readouterr().out
+
+    of_perf = told(repo / "data" / "tcp-rps-off" / "perf.data")
+    assert of_perf.splitlines()[0].endswith("tcp-rps-off/perf.data: perf.data, 14,949 events of 16 kinds")
+    assert "from 5,297.072159156 s to 5,297.716265836 s of perf's clock: 0.644106680 s" in of_perf
+    assert "  lost: 0 events" in of_perf
+    assert "  sched:sched_switch" in of_perf.splitlines()[3]  # the most frequent first
+    of_pcap = told(repo / "data" / "igb-queues" / "rx.pcap")
+    assert of_pcap.splitlines()[0].endswith("rx.pcap: pcap, 302 packets")
+    assert " UTC: 4.470996604 s" in of_pcap
+    assert "interface 0: Ethernet, 302 packets" in of_pcap
+    (tmp_path / "cut.pcap").write_bytes((repo / "data" / "igb-queues" / "rx.pcap").read_bytes()[:-9])
+    of_cut = told(tmp_path / "cut.pcap")
+    assert "301 packets" in of_cut
+    assert "cut or damaged" in of_cut
+    assert "the record passes the end of the file" in of_cut
+    for text in (of_perf, of_pcap, of_cut):
+        assert not {"{", "[", "None", "True", "False"} & set(text.replace(":", " ").split())
+        assert "{" not in text
+        assert "'" not in text.replace("perf's", "")
 
 
 def test_a_command_that_found_something_wrong_keeps_its_status(tmp_path: Path) -> None:

@@ -50,8 +50,29 @@ def test_zstd_stream_without_an_end_gives_every_packet_that_came(tmp_path: Path,
     compressor = zstandard.ZstdCompressor().compressobj()
     content = classic([ethernet(bytes(26), 0x0806)] * n)
     stream = compressor.compress(content) + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
-    packets = read_pcap(write(tmp_path, stream))
+    path = write(tmp_path, stream)
+    packets = read_pcap(path)
     assert packets["frame"].tolist() == list(range(1, n + 1))
+    # Cut exactly between two packets: nothing but the frame without an end tells of it.
+    assert packets.attrs["truncated"]
+    assert "its last frame does not end" in packets.attrs["warnings"][0]
+    assert inspect_pcap(path)["truncated"]
+
+
+def test_zstd_stream_of_several_frames_is_whole_when_its_last_one_ends(tmp_path: Path) -> None:
+    content = classic(PACKETS)
+    skippable = (
+        (0x184D2A50).to_bytes(4, "little") + (3).to_bytes(4, "little") + b"idx"
+    )  # as pzstd writes them, RFC 8878 3.1.2
+    frames = [zstandard.compress(part) for part in (content[:50], content[50:])]
+    for stream in (frames, [*frames, skippable], [frames[0], skippable, frames[1]]):
+        packets = read_pcap(write(tmp_path, b"".join(stream)))
+        assert packets.n == len(PACKETS)
+        assert not packets.attrs["truncated"]
+    for lost in (1, 2):  # as gzip's: its checksum and size come last
+        packets = read_pcap(write(tmp_path, b"".join([*frames, skippable])[:-lost]))
+        assert packets.n == len(PACKETS)
+        assert packets.attrs["truncated"]
 
 
 @pytest.mark.parametrize("endian", ["<", ">"])

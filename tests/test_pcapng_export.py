@@ -113,6 +113,15 @@ def test_nothing_right_becomes_wrong_and_no_address_is_left(exported):
         assert text.encode() not in raw
 
 
+def test_a_real_captures_checksums_stay_as_right_and_as_wrong_as_they_were(repo, tmp_path):
+    """82 whole segments came over the emulated cable with right sums; 90 the sending port had still to fill in."""
+    run = rxlab.open_run(repo / "data" / "igb-queues")
+    before = tshark(run.rundir.pcap, *STATUS)
+    after = tshark(to_pcapng(run, tmp_path / "hidden.pcapng"), *STATUS)
+    assert [sum(row[1] == status for row in before) for status in (GOOD, BAD)] == [82, 90]
+    assert after == before
+
+
 def test_no_payload_is_left(exported):
     run, hidden, _ = exported
     packets = read_pcap(hidden)

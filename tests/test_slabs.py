@@ -129,8 +129,9 @@ def test_packets_that_are_forgotten_are_told() -> None:
 
 
 def test_chunks_that_cannot_be_meant_are_refused() -> None:
-    with pytest.raises(UsageError, match="chunks must be at least 1"):
-        open_run(DATA / "http", chunks=0)
+    for few in (0, 10, 999):
+        with pytest.raises(UsageError, match=f"found {few}, expected at least 1,000"):
+            open_run(DATA / "http", chunks=few)
     with pytest.raises(UsageError, match="a run directory"):
         analyze_run(None, perf=DATA / "http" / "perf.data", pcap=DATA / "http" / "rx.pcap", chunks=1_000)
 

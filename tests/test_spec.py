@@ -7,15 +7,18 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from host_builder import FakeHost
 
-from rxlab.errors import FormatError, HostSettingError, RxlabError, UsageError
+from rxlab.errors import CaptureError, FormatError, HostSettingError, RxlabError, UsageError
 from rxlab.host.access import HostAccess
+from rxlab.record import runfolder
 from rxlab.record import spec as specs
-from rxlab.record.plan import Estimate, estimate, plan_lines
+from rxlab.record.plan import Estimate, check_disk, estimate, plan_lines
+from rxlab.record.recording import DEFAULT_MIN_FREE
 from rxlab.record.spec import SPECS, check_host, load_spec, parse_spec, plan_spec
 from rxlab.record.specrun import record_spec
 from rxlab.record.workload import Command, Workload
@@ -72,7 +75,7 @@ def test_shipped_specs_are_whole(name: str) -> None:
     assert spec.title != name, "a shipped spec says what it is for"
     assert len(spec.configurations) > 1
     assert (SPECS / f"{name}.toml").read_text().startswith("# "), "and which question it answers"
-    assert list(plan_lines(spec))
+    assert list(plan_lines(spec, True))
 
 
 def test_the_issues_specs_are_shipped() -> None:
@@ -187,7 +190,7 @@ def test_sibling_and_other_node_of_the_made_up_host(host: HostAccess) -> None:
 
 def test_the_plan_names_every_run_with_duration_and_size() -> None:
     spec = parse(TEXT)
-    lines = list(plan_lines(spec))
+    lines = list(plan_lines(spec, True))
     for cell in spec.cells():
         assert sum(line.startswith(cell.name + ":") for line in lines) == 1
     assert "48 runs" in lines[-1]
@@ -203,14 +206,48 @@ def test_the_plan_names_every_run_with_duration_and_size() -> None:
     ],
 )
 def test_the_plan_names_what_takes_the_link_down(setting: str, dropping: list[str]) -> None:
-    told = [line for line in plan_lines(parse(f"[settings]\n{setting}")) if line.startswith("the link may go down")]
+    told = [
+        line for line in plan_lines(parse(f"[settings]\n{setting}"), True) if line.startswith("the link may go down")
+    ]
     assert [line.rpartition(": ")[2] for line in told] == [", ".join(dropping)] * bool(dropping)
+
+
+@pytest.mark.parametrize(
+    ("text", "testbed", "needing"),
+    [
+        ('[settings]\nrps_cpus = ["off", "0"]', True, None),
+        ('[settings]\nrps_cpus = ["off", "0"]', False, "rps_cpus"),
+        ('[settings]\nrps_cpus = ["off", "0"]', "ports:a,b", "rps_cpus"),
+        ('[settings]\nrps_cpus = ["off", "0"]\nbusy_read = 50', True, "busy_read"),
+        ("[workload]\nflows = [1, 2]", False, None),
+    ],
+)
+def test_the_plan_says_when_the_host_itself_is_changed(text: str, testbed: bool | str, needing: str | None) -> None:
+    told = [line for line in plan_lines(parse(text), testbed) if "--allow-system-changes" in line]
+    assert [line.rpartition(": ")[2] for line in told] == ([needing] if needing else [])
+
+
+def test_a_plan_too_large_for_the_disk_is_refused_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = SimpleNamespace(free=DEFAULT_MIN_FREE + 20_000_000)
+    monkeypatch.setattr(runfolder.shutil, "disk_usage", lambda place: free)
+    big = "repetitions = 50\n[workload]\nmessages = 20_000"
+    with pytest.raises(
+        CaptureError, match=r"no room for this: found 288 MB free, expected about [0-9,]+ MB, and 268 MB"
+    ):
+        record_spec(parse(big), tmp_path / "out", testbed=True)
+    assert not (tmp_path / "out").exists()
+    spec = parse(big)
+    for cell in spec.cells():
+        (tmp_path / cell.name).mkdir()
+    check_disk(tmp_path, spec.workload, spec.cells())  # what is there already needs no room
 
 
 def test_more_load_is_longer_or_larger() -> None:
     def of(text: str, arm: str = "std") -> Estimate:
         spec = parse(text)
-        return estimate(spec, next(cell for cell in spec.cells() if cell.arm == arm))
+        return estimate(spec.workload, next(cell for cell in spec.cells() if cell.arm == arm))
 
     small, large = (of(f"[workload]\nmessages = {n}") for n in (1000, 100_000))
     assert small.seconds < large.seconds
@@ -225,9 +262,9 @@ def test_options_of_the_command_line_win(tmp_path: Path) -> None:
     path = tmp_path / "it.toml"
     path.write_text('[settings]\nrps_cpus = ["off", "0"]')
     assert plan_spec(path, testbed=True, reps=9).repetitions == 9
-    with pytest.raises(UsageError, match="where shall"):
+    with pytest.raises(UsageError, match="nothing to record on"):
         plan_spec(path)
-    with pytest.raises(UsageError, match="where shall"):
+    with pytest.raises(UsageError, match="two places to record on: found --iface lo and --testbed"):
         plan_spec(path, testbed=True, iface="lo")
 
 

@@ -23,6 +23,8 @@ ToMonotonic = Callable[[np.ndarray], np.ndarray]
 # A perf.data above this size is joined in slabs of so many samples, unless told otherwise.
 LARGE_BYTES = 1 << 30
 DEFAULT_CHUNKS = 1_000_000
+# A slab costs 0.7 ms, as joining ten thousand events does; and however small, it looks back over 200 ms of events.
+LEAST_CHUNKS = 1_000
 # So many events to a packet of the capture.
 PACKET_EVENTS = 16
 # What the join looks at beside the events of the stages themselves (kernelpath.py, status.py, handshake.py, readerfacts.py).

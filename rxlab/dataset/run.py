@@ -17,7 +17,15 @@ import xarray as xr
 from rxlab import rundir
 from rxlab.dataset import accessor as accessor  # gives trees and sweeps their .rx
 from rxlab.dataset.blocks import save_in_blocks
-from rxlab.dataset.largerun import DEFAULT_CHUNKS, LARGE_BYTES, LargeRun, ToMonotonic, losses_on, slabs_around
+from rxlab.dataset.largerun import (
+    DEFAULT_CHUNKS,
+    LARGE_BYTES,
+    LEAST_CHUNKS,
+    LargeRun,
+    ToMonotonic,
+    losses_on,
+    slabs_around,
+)
 from rxlab.dataset.store import build, open_dataset, read_app_logs, save
 from rxlab.errors import ClockError, FormatError, TruncatedFileError, UsageError
 from rxlab.follow.align import align_recordings
@@ -58,8 +66,14 @@ class Run:
 
     def __init__(self, path: str | os.PathLike[str], chunks: int | None = None) -> None:
         self.rundir: RunDir = open_rundir(path)
-        if chunks is not None and chunks < 1:
-            raise UsageError("chunks must be at least 1", found=str(chunks))
+        if chunks is not None and chunks < LEAST_CHUNKS:
+            raise UsageError(
+                "slabs of so few events cost more than they save",
+                where="chunks",
+                found=f"{chunks:,}",
+                expected=f"at least {LEAST_CHUNKS:,}",
+                do=f"Usual are {DEFAULT_CHUNKS:,}.",
+            )
         if chunks is None and self.is_traced and self.rundir.file(PERF_DATA).stat().st_size > LARGE_BYTES:
             chunks = DEFAULT_CHUNKS
         self.chunks = chunks

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from rxlab.errors import ClockError, MissingEventError
+from rxlab.errors import ClockError, MissingEventError, UsageError
 from rxlab.follow.clockfit import NAT, ClockMap
 from rxlab.follow.clockmatch import Pairs, match_sequences, match_tcp_keys
 from rxlab.follow.envelope import MIN_PACKETS, Envelope, fit_envelope
@@ -42,7 +42,7 @@ def align_recordings(
     packets : Columns
         As :func:`rxlab.read_pcap` gives them, both directions.
     iface : str, optional
-        Device; the one with most received packets otherwise.
+        Device; needed where several received packets and the capture (pcapng) names none of them.
     perf_clock : str
         ``PerfData.meta["clock"]``. CLOCK_MONOTONIC has no drift against CLOCK_REALTIME, so one constant is fitted.
 
@@ -60,8 +60,10 @@ def align_recordings(
         Packets and events cannot be matched without guessing.
     MissingEventError
         ``net:netif_receive_skb`` was not recorded.
+    UsageError
+        It cannot be told which device was captured.
     """
-    iface = iface or _busiest_device(events)
+    iface = _captured_device(events, iface, packets)
     path = follow_kernel(events, iface)
     if len(path.time) < MIN_PACKETS:
         raise MissingEventError("too few net:netif_receive_skb events to align", where=iface, found=str(len(path.time)))
@@ -83,15 +85,36 @@ def align_recordings(
     return replace(clock, perf_clock=perf_clock), iface, frozenset({mac})
 
 
-def _busiest_device(events: Mapping[str, Columns]) -> str:
-    """Return the device that received most packets, loopback only where there is no other."""
+def _captured_device(events: Mapping[str, Columns], iface: str | None, packets: Columns) -> str:
+    """Return the device whose packets were captured: the one asked for, the one the capture names, or the only one.
+
+    Raises
+    ------
+    UsageError
+        Several devices received packets and nothing says which one was captured, or the one asked for received none.
+    """
     receive = event_columns(events, "net:netif_receive_skb")
     names = receive.attrs.get("categories", {}).get("name")
     if not receive.n or not names:
         raise MissingEventError("event net:netif_receive_skb has no samples, so no packet can be aligned")
-    counts = np.bincount(receive["name"], minlength=len(names))
-    counts = np.where([name == "lo" for name in names], np.minimum(counts, 1), counts)
-    return str(names[int(np.argmax(counts))])
+    counts = dict(zip(map(str, names), np.bincount(receive["name"], minlength=len(names)).tolist(), strict=True))
+    found = ", ".join(f"{name} ({counts[name]:,} packets)" for name in sorted(counts, key=lambda name: -counts[name]))
+    if iface is not None:
+        if not counts.get(iface):
+            raise UsageError("no packet was received on this interface", where=f"--iface {iface}", found=found)
+        return iface
+    likely = [name for name, count in counts.items() if count >= MIN_PACKETS and name != "lo"] or sorted(
+        counts, key=lambda name: (name == "lo", -counts[name])
+    )[:1]
+    told = {str(link.get("name") or "") for link in packets.attrs.get("interfaces", [])} & set(likely)
+    if len(told or likely) > 1:
+        choice = " or ".join(f"--iface {name}" for name in likely)
+        raise UsageError(
+            "the recording holds several interfaces, and the capture does not say which one it is of",
+            found=found,
+            do=f"Give {choice}.",
+        )
+    return (list(told) or likely)[0]
 
 
 def _candidates(packets: Columns) -> list[int]:

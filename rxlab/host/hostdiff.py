@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rxlab.errors import FormatError
 from rxlab.host.access import HostAccess
 from rxlab.host.cpulist import parse_cpus
 from rxlab.host.settings import read_settings
@@ -19,8 +20,26 @@ _NUMBERED = ("cpu", "queue")
 
 
 def read_snapshot(path: Path) -> dict[str, Any]:
-    """Return what ``rxlab host export`` wrote, or the host.json of a run directory."""
-    return read_json(path / HOST_JSON if path.is_dir() else path)
+    """Return what ``rxlab host export`` wrote, or the host.json of a run directory.
+
+    Raises
+    ------
+    FormatError
+        The path is neither.
+    """
+    file = path / HOST_JSON if path.is_dir() else path
+    problem = None if file.is_file() else f"a folder without {HOST_JSON}" if path.is_dir() else "nothing there"
+    content = {} if problem else read_json(file)
+    if not problem and "settings" not in content:
+        problem = f"JSON with {', '.join(sorted(content)[:4])}"
+    if problem:
+        raise FormatError(
+            "not a look at a host",
+            where=str(path),
+            found=problem,
+            expected=f"a file that 'rxlab host export -o FILE' wrote, or a run directory with its {HOST_JSON}",
+        )
+    return content
 
 
 def diff_snapshots(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[str | None, str | None]]:

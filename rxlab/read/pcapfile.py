@@ -70,7 +70,7 @@ def open_capture(path: str | os.PathLike[str]) -> CaptureBytes:
             if magic[:2] == b"\x1f\x8b":
                 return _unfolded(file, "gzip", _gunzip(file), where)
             if magic == b"\x28\xb5\x2f\xfd":
-                return _unfolded(file, "zstd", unpack_zstd(iter(lambda: file.read(1 << 16), b"")), where)
+                return _unfolded(file, "zstd", unpack_zstd(iter(lambda: file.read(1 << 16), b""), must_end=True), where)
             return CaptureBytes(_map(file, where), "", [])
     except OSError as error:
         raise FormatError("cannot read capture", where=where, found=error.strerror or str(error)) from None

@@ -29,10 +29,11 @@ from rxlab.record.flowsample import packet_filter
 from rxlab.record.functionrecord import FunctionRecorder
 from rxlab.record.nicstamps import nic_stamps
 from rxlab.record.pcaprecord import PcapRecorder, pcap_problems
-from rxlab.record.perfrecord import DEFAULT_PAGES, PerfRecorder, pages_within
+from rxlab.record.perfrecord import DEFAULT_PAGES, PerfRecorder, pages_within, ring_bytes
 from rxlab.record.processes import last_line
 from rxlab.record.recording import ARM_OF, DEFAULT_MIN_FREE, DEFAULT_SNAPLEN, Recording, check_cpus, check_tools
 from rxlab.record.runfolder import (
+    check_space,
     command_line,
     drop_recordings,
     give_to_invoker,
@@ -210,6 +211,8 @@ def capture(
     check_cpus(recording.cpus)
     check_tools(recording)
     dst = testbed.dst if testbed is not None else endpoint_of(iface, netns)
+    if min_free:
+        check_space(Path(out), ring_bytes(pages_within(pages, max_size)) if recording.events else 0, min_free)
     folder = make_folder(Path(out))
     run = first_record(recording, dst, testbed, load, duration)
     run |= {"configuration": dict(configuration or {}), "sweep": dict(sweep) if sweep else None}

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rxlab.host.kinds import KINDS, normal_key
+from rxlab.host.kinds import HOST_WIDE, KINDS, normal_key
+from rxlab.record.ports import captured_port
+from rxlab.record.runfolder import check_space
 from rxlab.record.spec import Spec
 from rxlab.record.sweep import Cell, complete_run, split_configuration, with_fields
-from rxlab.record.workload import Workload
+from rxlab.record.workload import Command, Workload
 
 # What a plan is reckoned with, from the runs of data/ (two virtual CPUs); it is printed as "about". A traced run also holds
 # what the rest of the machine did meanwhile.
@@ -30,9 +32,9 @@ class Estimate:
     bytes: int
 
 
-def estimate(spec: Spec, cell: Cell) -> Estimate:
+def estimate(workload: Workload | Command | None, cell: Cell) -> Estimate:
     """Reckon the duration and the size of one run; a command's are not known and count as one second of nothing."""
-    load = with_fields(spec.workload, split_configuration(cell.configuration)[1])
+    load = with_fields(workload, split_configuration(cell.configuration)[1])
     start = RUN_SECONDS[cell.arm]
     if not isinstance(load, Workload):
         return Estimate(start + 1.0, RUN_BYTES[cell.arm] + BYTES_PER_SECOND[cell.arm])
@@ -43,16 +45,22 @@ def estimate(spec: Spec, cell: Cell) -> Estimate:
     return Estimate(start + seconds, int(per_run))
 
 
-def plan_lines(spec: Spec) -> Iterator[str]:
-    """Yield the plan as text: what varies, every run in its order, duration and size."""
+def check_disk(folder: Path, workload: Workload | Command | None, cells: Iterable[Cell]) -> None:
+    """Refuse a plan whose runs, those that are not there yet, would not fit on the disk."""
+    missing = [cell for cell in cells if not (folder / cell.name).is_dir()]
+    check_space(folder, sum(estimate(workload, cell).bytes for cell in missing))
+
+
+def plan_lines(spec: Spec, testbed: bool | str) -> Iterator[str]:
+    """Yield the plan as text: what varies, every run in its order, what it does to the host, duration and size."""
     cells = spec.cells()
-    reckoned = [estimate(spec, cell) for cell in cells]
+    reckoned = [estimate(spec.workload, cell) for cell in cells]
     yield f"{spec.name}: {spec.title}"
     for axis, labels in spec.axes.items():
         yield f"  {axis}: {', '.join(map(str, labels))}"
     for cell in cells:
         yield f"{cell.name}: {cell_text(cell)}"
-    yield from link_lines(spec.configurations)
+    yield from host_lines(spec.configurations, testbed)
     seconds = sum(one.seconds for one in reckoned) + spec.warm_up * min(one.seconds for one in reckoned)
     yield (
         f"{len(cells)} runs, {len(spec.configurations)} configurations x {spec.repetitions} repetitions x "
@@ -61,11 +69,17 @@ def plan_lines(spec: Spec) -> Iterator[str]:
     )
 
 
-def link_lines(configurations: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield a line with the settings that usually take the link down where they are written; nothing where there are none."""
+def host_lines(configurations: Iterable[Mapping[str, Any]], testbed: bool | str) -> Iterator[str]:
+    """Yield a line with the settings of the host itself that are changed, and one with those that take the link down.
+
+    Settings of the veth testbed go away with it; those of an interface or a cabled port are the host's.
+    """
     keys = {
         key: normal_key(key).partition(":")[0] for wanted in configurations for key in split_configuration(wanted)[0]
     }
+    is_veth = bool(testbed) and captured_port(testbed) is None
+    if hosts := sorted(key for key, kind in keys.items() if not is_veth or KINDS[kind].scope in HOST_WIDE):
+        yield f"changes settings of the host, put back at the end, so it needs --allow-system-changes: {', '.join(hosts)}"
     if dropping := sorted(key for key, kind in keys.items() if KINDS[kind].drops_link):
         yield f"the link may go down for a moment, at each change and to restore: {', '.join(dropping)}"
 
@@ -89,7 +103,7 @@ class Progress:
 
     def __init__(self, spec: Spec, folder: Path, say: Callable[[str], None]) -> None:
         self._say, self._folder = say, folder
-        self._reckoned = {cell.name: estimate(spec, cell).seconds for cell in spec.cells()}
+        self._reckoned = {cell.name: estimate(spec.workload, cell).seconds for cell in spec.cells()}
         self._last: tuple[float, str] | None = None
         self._took = self._expected = 0.0
 

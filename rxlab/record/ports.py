@@ -129,6 +129,20 @@ def captured_port(spec: bool | str) -> str | None:
     return parse_ports(spec)[1] if isinstance(spec, str) and spec not in ("", "veth") else None
 
 
+def check_place(iface: str | None, testbed: bool | str, netns: str | None = None) -> None:
+    """Refuse a recording that has no place, or two."""
+    if not iface and not testbed:
+        raise UsageError("nothing to record on", expected="--iface IF or --testbed")
+    if testbed and (iface or netns):
+        other = f"--iface {iface}" if iface else f"--netns {netns}"
+        raise UsageError(
+            "two places to record on",
+            found=f"{other} and --testbed",
+            expected="one of them",
+            do="A testbed has an interface of its own; leave one of the two out.",
+        )
+
+
 def open_testbed(spec: bool | str = True, *, gro: bool = False, registry: Registry | None = None) -> Testbed:
     """Return the testbed that `spec` names: the embedded veth pair (True or ``veth``), or ``ports:IF1,IF2``."""
     if captured_port(spec) is None:

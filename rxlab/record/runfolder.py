@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
-from rxlab.errors import CaptureError, RxlabError
+from rxlab.errors import CaptureError, RxlabError, StoppedError
+from rxlab.record.recording import DEFAULT_MIN_FREE
 from rxlab.record.workload import COMMAND_LOG
 from rxlab.rundir import (
     APP_LOG,
@@ -19,12 +21,27 @@ from rxlab.rundir import (
     PERF_DATA,
     PYPERF_JSON,
     RUN_JSON,
+    list_runs,
     read_json,
 )
 
 RESERVE = ".reserve"
 RESERVE_BYTES = 1 << 20
 RECORDINGS = (PERF_DATA, PCAP, FUNCTIONS_LOG, PYPERF_JSON, APP_LOG, CLIENT_LOG)
+
+
+def check_space(out: Path, needed: int, keep: int = DEFAULT_MIN_FREE) -> None:
+    """Refuse to begin where the disk has no room for `needed` bytes beside the `keep` that stay free."""
+    place = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < needed + keep:
+        raise CaptureError(
+            "the disk has no room for this",
+            where=str(out),
+            found=f"{free / 1e6:,.0f} MB free",
+            expected=f"about {needed / 1e6:,.0f} MB, and {keep / 1e6:,.0f} MB that stay free",
+            do="Free some, choose a folder on another disk, or record less (--messages, --duration, --reps).",
+        )
 
 
 def make_folder(out: Path) -> Path:
@@ -49,6 +66,34 @@ def recorded_nothing(out: Path) -> bool:
     except (OSError, RxlabError):
         return False
     return status == "failed" and not any((out / name).exists() for name in RECORDINGS)
+
+
+def stopped(out: Path, go_on: str) -> StoppedError:
+    """Return the one line about a recording that Ctrl-C ended: what is kept, where, and what can be done with it.
+
+    Parameters
+    ----------
+    out : Path
+        A run directory, or a folder of runs.
+    go_on : str
+        How the command that recorded there is gone on with.
+    """
+    runs = [] if not out.is_dir() or recorded_nothing(out) else list(list_runs(out))
+    if len(runs) == 1 and runs[0].path == out:
+        is_traced = runs[0].has(PERF_DATA)
+        do = f"'rxlab analyze {out}' takes it as far as it goes." if is_traced else f"'rxlab report {out}' tells of it."
+        return StoppedError(
+            "interrupted, the run is kept", where=str(out), found=f"a {runs[0].run['status']} run", do=do
+        )
+    n_whole = sum(run.run.get("status") == "complete" for run in runs)
+    if not n_whole:
+        return StoppedError("interrupted before a run was complete", where=str(out), do=f"To go on, {go_on}.")
+    return StoppedError(
+        "interrupted, the runs are kept",
+        where=str(out),
+        found=f"{n_whole} complete run{'s' if n_whole > 1 else ''}",
+        do=f"'rxlab report {out}' tells of them; to go on, {go_on}.",
+    )
 
 
 def drop_recordings(out: Path) -> None:

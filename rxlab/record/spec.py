@@ -36,7 +36,7 @@ from rxlab.host.cpulist import online_cpus
 from rxlab.host.kinds import HOST_WIDE, KINDS, canonical_value
 from rxlab.host.settings import parse_settings
 from rxlab.host.topology import resolve_intents
-from rxlab.record.ports import captured_port
+from rxlab.record.ports import captured_port, check_place
 from rxlab.record.recording import ARM_OF, IDLE_CHOICES
 from rxlab.record.sweep import (
     ORDERS,
@@ -339,8 +339,7 @@ def plan_spec(
         spec = replace(spec, workload=workload)
     if reps is not None:
         spec = replace(spec, repetitions=reps)
-    if bool(iface) == bool(testbed):
-        raise UsageError("where shall the sweep run", expected="either --iface IF or --testbed")
+    check_place(iface, testbed)
     if not elsewhere:
         check_host(spec, testbed=testbed, iface=iface)
     return spec

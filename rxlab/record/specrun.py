@@ -10,7 +10,7 @@ from typing import Any
 
 from rxlab.errors import HostSettingError, UsageError
 from rxlab.host.journal import apply
-from rxlab.record.plan import Progress
+from rxlab.record.plan import Progress, check_disk
 from rxlab.record.ports import open_testbed
 from rxlab.record.spec import Spec, check_host
 from rxlab.record.sweep import sweep
@@ -44,6 +44,7 @@ def record_spec(
             where=spec.name,
             do="Nothing was changed. Give --allow-system-changes to have them changed and put back.",
         )
+    check_disk(folder, spec.workload, spec.cells())
     progress = Progress(spec, folder, say)
     with ExitStack() as stack:
         journal = stack.enter_context(apply(allow_system_changes=allow_system_changes, yes_this_nic=yes_this_nic))

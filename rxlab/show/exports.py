@@ -16,6 +16,7 @@ import xarray as xr
 from rxlab.dataset import schema, stats
 from rxlab.dataset.run import Run, open_run
 from rxlab.errors import RxlabError, UsageError
+from rxlab.rundir import check_free
 from rxlab.show.answer import METRICS
 from rxlab.show.pcapng import to_pcapng
 from rxlab.show.perfetto import to_perfetto
@@ -35,10 +36,12 @@ def export_run(
     *,
     reveal: bool = False,
     hide_tasks: bool = False,
+    force: bool = False,
 ) -> Path:
     """Write a recorded run for another tool: one of `EXPORTS`.
 
-    `reveal` keeps what identifies hosts and networks as recorded; `hide_tasks` replaces the names of tasks too.
+    `reveal` keeps what identifies hosts and networks as recorded; `hide_tasks` replaces the names of tasks too. A file that is
+    there is replaced only with `force`.
     """
     if to not in EXPORTS:
         raise UsageError("unknown export", where="--to", found=repr(to), expected=", ".join(EXPORTS))
@@ -47,6 +50,9 @@ def export_run(
     run, target = open_run(path), Path(out)
     if target.is_dir():
         raise UsageError("an export is one file", where=str(target), found="a folder", expected="the name of a file")
+    if to in ("parquet", "csv") and target.suffix != f".{to}":
+        target = target.with_name(f"{target.name}.{to}")
+    check_free(target, force)
     written = _export(run, to, target, reveal=reveal, hide_tasks=hide_tasks)
     # As the run itself: what was recorded is its owner's until it is given away.
     written.chmod(0o600)
@@ -64,10 +70,7 @@ def _export(run: Run, to: str, target: Path, *, reveal: bool, hide_tasks: bool) 
     if to == "pcapng":
         return to_pcapng(run, target, reveal=reveal, redactor=redactor)
     tree = run.tree if redactor is None or "packets" not in run.tree.children else redact_tree(run.tree, redactor)
-    if to == "perfetto":
-        return to_perfetto(tree, target)
-    wanted = "." + to
-    return to_table(tree, target if target.suffix == wanted else target.with_name(target.name + wanted))
+    return to_perfetto(tree, target) if to == "perfetto" else to_table(tree, target)
 
 
 def to_pyperf(

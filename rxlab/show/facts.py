@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from rxlab.stages import stages_without
+
+# https://www.tcpdump.org/linktypes.html
+_LINKS = {1: "Ethernet", 101: "raw IP", 113: "Linux cooked", 276: "Linux cooked v2"}
 
 
 def run_text(path: Any, run: Mapping[str, Any]) -> str:
@@ -74,3 +78,56 @@ def moves_text(moves: Mapping[str, Any], flows: Sequence[str]) -> str:
             f"{flows[cell['flow']]} processed elsewhere, {follows if cell['lag_ns'] >= 0 else 'until it moved again'}"
         )
     return "\n".join(lines) or "no reader changed its CPU while packets came for it"
+
+
+def inspection_text(path: Any, found: Mapping[str, Any]) -> str:
+    """Return what a recording holds (:func:`rxlab.read.inspect.inspect_file`) as lines for a person."""
+    is_perf = "samples" in found
+    lines = [*(_perf_lines if is_perf else _capture_lines)(path, found)]
+    if found.get("truncated"):
+        lines.append("  cut or damaged: this is what could be read")
+    lines += [f"  warning: {warning}" for warning in found.get("warnings") or []]
+    return "\n".join(lines)
+
+
+def _perf_lines(path: Any, found: Mapping[str, Any]) -> Iterator[str]:
+    kinds = found["samples_per_event"]
+    yield f"{path}: {found['kind']}, {_count(found['samples'], 'event')} of {_count(len(kinds), 'kind')}"
+    if found["first_ns"] is not None and found["samples"]:
+        first, last = found["first_ns"], found["last_ns"]
+        yield f"  from {_seconds(first)} s to {_seconds(last)} s of perf's clock: {_seconds(last - first)} s"
+    yield f"  lost: {_count(found['lost'], 'event')}"
+    if found.get("duplicates"):
+        yield f"  written twice by perf, left out: {_count(found['duplicates'], 'event')}"
+    if found.get("unknown_ids"):
+        yield f"  of no event that the file describes: {_count(found['unknown_ids'], 'sample')}"
+    width = max(map(len, kinds), default=0)
+    yield from (f"  {name:{width}}  {kinds[name]:>13,}" for name in sorted(kinds, key=lambda name: -kinds[name]))
+
+
+def _capture_lines(path: Any, found: Mapping[str, Any]) -> Iterator[str]:
+    kind = f"{found['compression']}-compressed {found['format']}" if found["compression"] else found["format"]
+    yield f"{path}: {kind}, {_count(found['packets'], 'packet')}"
+    if found["min_ns"] is not None:
+        low, high = found["min_ns"], found["max_ns"]
+        yield f"  from {_utc(low)} to {_utc(high)} UTC: {_seconds(high - low)} s"
+    yield f"  {_count(found['sum_len'], 'byte')} on the wire, {found['sum_caplen']:,} of them captured"
+    for link in found["interfaces"]:
+        name = f" {link['name']}" if link.get("name") else ""
+        kind = _LINKS.get(link["linktype"], f"link type {link['linktype']}")
+        yield f"  interface {link['id']}{name}: {kind}, {_count(link['packets'], 'packet')}, at most {link['snaplen']:,} bytes of each"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _seconds(ns: int) -> str:
+    whole, rest = divmod(ns, 1_000_000_000)
+    return f"{whole:,}.{rest:09d}"
+
+
+def _utc(ns: int) -> str:
+    """Return nanoseconds since 1970 as a date and time that keeps all of them."""
+    whole, rest = divmod(ns, 1_000_000_000)
+    return f"{datetime.fromtimestamp(whole, UTC):%Y-%m-%d %H:%M:%S}.{rest:09d}"

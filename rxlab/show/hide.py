@@ -1,8 +1,10 @@
 """Packets that may leave the lab: pseudonyms for their addresses, no payload, checksums that stay right.
 
 A checksum is updated by the difference (RFC 1624, equation 3): right before means right after, whether or not the packet was
-cut by the snap length, and a wrong one stays wrong. Everything behind the outermost headers is payload: what a tunnel
-carries, ICMP beyond its first eight bytes, IPv6 extension headers, fragments after the first.
+cut by the snap length, and a wrong one stays wrong. So does one that the sending host left to its NIC to fill in (checksum
+offload: packets this host sent, and all over a veth). Wireshark verifies a TCP or UDP checksum only where the packet is whole.
+Everything behind the outermost headers is payload: what a tunnel carries, ICMP beyond its first eight bytes, IPv6 extension
+headers, fragments after the first.
 """
 
 from __future__ import annotations
