@@ -258,9 +258,9 @@ def test_the_same_address_is_the_same_pseudonym_in_every_header():
 
 
 def test_the_command_line_exports(repo, tmp_path):
-    for to, reveal in (("pcapng", ["--reveal"]), ("pcapng", []), ("perfetto", [])):
+    for to, options in (("pcapng", ["--reveal"]), ("pcapng", ["--force"]), ("perfetto", [])):
         done = CliRunner().invoke(
-            app, ["export", str(repo / "data" / "http"), "--to", to, "-o", str(tmp_path / to), *reveal]
+            app, ["export", str(repo / "data" / "http"), "--to", to, "-o", str(tmp_path / to), *options]
         )
         assert done.exit_code == 0, done.output
         assert (tmp_path / to).stat().st_size > 1000

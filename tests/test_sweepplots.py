@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import matplotlib as mpl
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import rxlab
 from rxlab.dataset import effects, stats
 from rxlab.errors import UsageError
 from rxlab.show import packetplots, plots
-from rxlab.show.style import GREEN, GREY
+from rxlab.show.style import GREEN, GREY, keep_ticks_apart, new_axes, ratio_ticks
 from rxlab.stages import STAGE_INDEX
 
 
@@ -53,6 +55,63 @@ def test_noise_does_not_fill_a_heat_maps_colours():
 def test_a_heat_map_is_over_two_settings():
     with pytest.raises(UsageError, match="two settings"):
         plots.plot_heatmap(_values().isel(load=0))
+
+
+def _collisions(figure) -> list[tuple[str, str]]:
+    """Labels of an axis that touch each other, and texts that reach out of the figure."""
+    figure.draw_without_rendering()
+    (axes, *_) = figure.axes
+    found = []
+    for axis in (axes.xaxis, axes.yaxis):
+        low, high = sorted(axis.get_view_interval())
+        labels = [
+            label for at, label in zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True) if low <= at <= high
+        ]
+        assert labels
+        boxes = [(label.get_text(), label.get_window_extent()) for label in labels if label.get_text()]
+        found += [(a, b) for (a, one), (b, other) in itertools.combinations(boxes, 2) if one.overlaps(other)]
+    whole = figure.bbox
+    for text in (axes.xaxis.label, *axes.get_yticklabels()):
+        box = text.get_window_extent()
+        if box.x0 < whole.x0 or box.x1 > whole.x1:
+            found.append((text.get_text(), "out of the figure"))
+    return found
+
+
+@pytest.mark.parametrize("n", [2, 8, 20])
+@pytest.mark.parametrize("spread", [0.0001, 30.0])
+def test_labels_of_forest_plots_never_touch(n, spread):
+    draw = np.random.default_rng(3).standard_normal
+    names = [
+        f"rps_cpus={i},{i + 1},{i + 2}, rfs={'on' if i % 2 else 'off'}, irq_cpus={i}, app_cpu={i}, flows={i}, rx-usecs={10 * i}"
+        for i in range(n)
+    ]
+    runs = {
+        name: 1_234_567 * (1 + spread * i / n) * (1 + 0.1 * spread * draw(5)).clip(0.5) for i, name in enumerate(names)
+    }
+    ranks = effects.rank(runs, quantile=0.5)
+    assert _collisions(plots.plot_ranks(ranks)) == []
+    found = [
+        effects.Effect(
+            (f"irq_cpus_of_queue_{i}", "app_cpu")[: 1 + i % 2], ("same-core", "other-node")[: 1 + i % 2], ("off", "off")[: 1 + i % 2],
+            one.estimate.value / 1.3e6, 1 - 0.001, 1 + spread, 0.01, 0.03, 4,
+        )
+        for i, one in enumerate(ranks)
+    ]  # fmt: skip
+    assert _collisions(plots.plot_effects(found)) == []
+    sides = [[value * (1 + 0.2 * np.abs(draw(200))) for value in runs[name]] for name in names[:2]]
+    assert _collisions(plots.plot_comparison(stats.compare(*sides), a=names[0], b=names[1])) == []
+
+
+def test_no_change_keeps_its_label_however_little_room_there_is():
+    figure, axes = new_axes(1.6, 1.0)
+    ratio_ticks(axes, 1.6)
+    assert len(axes.get_xticks()) == 7
+    keep_ticks_apart(figure, axes)
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert "same" in labels
+    assert len(labels) < 7
+    assert _collisions(figure) == []
 
 
 def test_ranks_are_coloured_by_whether_they_may_be_first():

@@ -33,11 +33,13 @@ from rxlab.show.style import (
     SKY,
     VERMILION,
     YELLOW,
+    keep_ticks_apart,
     log_ticks,
     new_axes,
     quantile_words,
     ratio_ticks,
     styled,
+    wrapped,
 )
 from rxlab.show.style import microseconds as microseconds
 from rxlab.show.sweepplots import plot_effects as plot_effects
@@ -147,7 +149,8 @@ def plot_difference(explanation: xr.Dataset, *, a: str = "A", b: str = "B") -> F
     axes.set_yticks(range(len(hops)), hops)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel(f"{b} minus {a} (µs); negative: {b} is faster")
+    (label,) = wrapped([f"{b} minus {a} (µs); negative: {b} is faster"], width=100)
+    axes.set_xlabel(label)
     words = quantile_words(float(explanation.attrs.get("quantile", 0.5)))
     axes.set_title(f"Hops behind the difference of the {words}: {float(explanation['total']) / 1e3:+.2f} µs in all")
     return figure
@@ -183,6 +186,7 @@ def plot_ecdf(
     axes.set_ylabel("quantile (packets above)")
     axes.legend(loc="upper right")
     axes.set_title(title)
+    keep_ticks_apart(figure, axes)
     return figure
 
 
@@ -217,8 +221,10 @@ def plot_comparison(
     ratio_ticks(axes, edge)
     axes.set_yticks(range(len(comparisons)), [quantile_words(c.quantile) for c in comparisons])
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel(f"latency of {b} against {a} (left: {b} is faster)")
+    (label,) = wrapped([f"latency of {b} against {a} (left: {b} is faster)"], width=100)
+    axes.set_xlabel(label)
     axes.set_title(title)
+    keep_ticks_apart(figure, axes)
     return figure
 
 

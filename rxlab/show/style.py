@@ -5,7 +5,8 @@ Colours are Okabe and Ito's (told apart by colour-blind readers and in grey prin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
 
@@ -21,6 +22,8 @@ BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, YELLOW, GREY = (
 SERIES = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
 INK, FAINT = "#1F2933", "#D5DAE1"
 MINUS = "\N{MINUS SIGN}"
+# Characters of a name beside a row, inches a line of it takes, and inches between two names or two labels of an axis.
+NAME_WIDTH, LINE_INCHES, APART_INCHES = 40, 0.16, 0.1
 
 # What a hop is about, by the stage it ends at: (phase, colour), in the order of the path.
 STYLE: Any = {
@@ -56,7 +59,7 @@ def log_ticks(axes: Axes) -> None:
         LogLocator(subs=(1.0, 2.0, 5.0), numticks=15) if high / low > 8 else MaxNLocator(7, steps=[1, 2, 2.5, 5, 10])
     )
     axes.xaxis.set_major_locator(locator)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.10g}"))
     axes.xaxis.set_minor_locator(NullLocator())
 
 
@@ -76,6 +79,38 @@ def ratio_ticks(axes: Axes, edge: float) -> None:
     names = [f"{100 * (t - 1):+.0f} %" if edge < 30 else f"×{t:g}" if t > 1 else f"÷{1 / t:g}" for t in ticks]
     names = ["same" if t == 1 else name.replace("-", MINUS) for t, name in zip(ticks, names, strict=True)]
     axes.set_xticks(ticks, names)
+
+
+def wrapped(names: Iterable[str], width: int = NAME_WIDTH) -> list[str]:
+    """Return names in lines of at most `width` characters, so that long ones leave room for what they name."""
+    return ["\n".join(textwrap.wrap(name, width, break_on_hyphens=False)) for name in names]
+
+
+def row_height(names: Iterable[str], one: float) -> float:
+    """Return the inches a row needs for the longest of the names beside the rows; `one` where each is one line."""
+    return max([one, *(APART_INCHES + LINE_INCHES * (name.count("\n") + 1) for name in names)])
+
+
+def keep_ticks_apart(figure: Figure, axes: Axes) -> None:
+    """Leave out labels of the x axis that would touch: what is drawn around the plot may have left it little room.
+
+    Every second one goes, as often as it takes; no change (a ratio of 1) stays.
+    """
+    figure.draw_without_rendering()
+    low, high = axes.get_xlim()
+    ticks = [
+        (at, label.get_text(), label.get_window_extent())
+        for at, label in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
+        if low <= at <= high and label.get_text()
+    ]
+    same = next((place for place, (at, _, _) in enumerate(ticks) if at == 1), 0)
+    apart = APART_INCHES * figure.dpi
+    while len(ticks) > 1 and any(
+        left.x1 + apart > right.x0 for (_, _, left), (_, _, right) in zip(ticks, ticks[1:], strict=False)
+    ):
+        ticks, same = ticks[same % 2 :: 2], same // 2
+    axes.set_xticks([at for at, _, _ in ticks], [text for _, text, _ in ticks])
+    axes.set_xlim(low, high)
 
 
 def microseconds(ns: float) -> str:

@@ -18,11 +18,14 @@ from rxlab.show.style import (
     INK,
     MINUS,
     VERMILION,
+    keep_ticks_apart,
     log_ticks,
     microseconds,
     new_axes,
     ratio_ticks,
+    row_height,
     styled,
+    wrapped,
 )
 
 LEAST_SPAN = np.log10(1.1)  # of a heat map's colours
@@ -105,7 +108,8 @@ def plot_ranks(
     ranks: Sequence[Rank], *, title: str = "Which configuration is fastest?", xlabel: str = "latency (µs)"
 ) -> Figure:
     """Draw configurations in rank order with their intervals; green: cannot be told from the fastest."""
-    figure, axes = new_axes(8.2, 0.34 * len(ranks) + 1.2)
+    names = wrapped(one.label for one in ranks)
+    figure, axes = new_axes(8.2, row_height(names, 0.34) * len(ranks) + 1.2)
     for line, one in enumerate(ranks):
         colour = GREEN if one.first == 1 else GREY
         if np.isfinite(one.estimate.low):
@@ -119,20 +123,22 @@ def plot_ranks(
             va="center",
             fontsize=8.5,
         )
-    axes.set_yticks(range(len(ranks)), [one.label for one in ranks])
+    axes.set_yticks(range(len(ranks)), names)
     axes.set_ylim(len(ranks) - 0.4, -0.6)
     axes.set_xscale("log")
     log_ticks(axes)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(xlabel)
     axes.set_title(title)
+    keep_ticks_apart(figure, axes)
     return figure
 
 
 @styled
 def plot_effects(effects: Sequence[Effect], *, title: str = "What does each setting do?") -> Figure:
     """Draw main effects and interactions as ratios with their intervals; grey: not significant after the correction."""
-    figure, axes = new_axes(8.2, 0.3 * len(effects) + 1.3)
+    names = wrapped(effect.words for effect in effects)
+    figure, axes = new_axes(8.2, row_height(names, 0.3) * len(effects) + 1.3)
     for line, effect in enumerate(effects):
         colour = GREY if not effect.is_known else BLUE if effect.ratio < 1 else VERMILION
         if np.isfinite(effect.low):
@@ -153,7 +159,7 @@ def plot_effects(effects: Sequence[Effect], *, title: str = "What does each sett
             fontsize=8.5,
         )
     axes.axvline(1, color=INK, linewidth=1)
-    axes.set_yticks(range(len(effects)), [effect.words for effect in effects])
+    axes.set_yticks(range(len(effects)), names)
     axes.set_ylim(len(effects) - 0.4, -0.6)
     limits = [value for e in effects for value in (e.ratio, e.low, e.high) if np.isfinite(value) and value > 0]
     ratio_ticks(axes, max([1.02, *(max(value, 1 / value) for value in limits)]) ** 1.08)
@@ -162,4 +168,5 @@ def plot_effects(effects: Sequence[Effect], *, title: str = "What does each sett
         "latency with the setting (left: faster). Circles: on average over the other settings.\nDiamonds: interactions, what the two together do beyond that."
     )
     axes.set_title(title)
+    keep_ticks_apart(figure, axes)
     return figure
