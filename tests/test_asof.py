@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rxlab.follow.asof import AsOf, pick
+from rxlab.follow.asof import AsOf, pick, places
 
 ROWS = st.lists(
     st.tuples(st.integers(0, 60), st.integers(-2, 3), st.integers(0, 2)), max_size=30, unique_by=lambda r: r[0]
@@ -59,3 +60,23 @@ def test_groups_of_kernel_addresses_stay_exact() -> None:
 def test_pick_gives_missing() -> None:
     assert pick(np.array([7, 8], np.int16), np.array([1, -1]), -1).tolist() == [8, -1]
     assert pick(np.empty(0, np.int64), np.array([-1]), 4).tolist() == [4]
+
+
+@pytest.mark.parametrize("dtype", ["i1", "u1", "i2", "u2", "i4", "i8", "u8", "?"])
+def test_pick_keeps_every_integer_dtype(dtype: str) -> None:
+    values = np.array([0, 1, 1], dtype)[::-1]
+    picked = pick(values, np.array([2, -1, 0]), 1)
+    assert picked.dtype == values.dtype
+    assert picked.tolist() == [0, 1, 1]
+
+
+def test_pick_refuses_a_row_beyond_the_last() -> None:
+    with pytest.raises(IndexError):
+        pick(np.array([7, 8]), np.array([2]), 0)
+
+
+@given(st.lists(st.integers(0, 40)), st.lists(st.integers(-3, 45)), st.booleans())
+def test_places_are_those_of_searchsorted(keys: list[int], wanted: list[int], inclusive: bool) -> None:
+    expected = np.searchsorted(sorted(keys), wanted, side="right" if inclusive else "left")
+    found = places(np.sort(np.array(keys, np.int64)), np.array(wanted, np.int64), inclusive=inclusive)
+    assert found.tolist() == expected.tolist()

@@ -110,11 +110,33 @@ def _as_int64(numbers: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(numbers, np.int64)
 
 
+def places(keys: np.ndarray, wanted: np.ndarray, *, inclusive: bool = False) -> np.ndarray:
+    """Return how many of the ordered keys are below each wanted number (`inclusive`: or equal); int64, quick where those are nearly in order."""
+    found = np.empty(len(wanted), np.int64)
+    _places(np.ascontiguousarray(keys, np.int64), np.ascontiguousarray(wanted, np.int64), int(inclusive), found)
+    return found
+
+
 def pick(values: np.ndarray, row: np.ndarray, missing: int) -> np.ndarray:
     """Return ``values[row]`` with `missing` where ``row`` is -1."""
+    values = np.asarray(values)
     if not len(values):
         return np.full(len(row), missing, values.dtype)
-    return np.where(row >= 0, values[np.maximum(row, 0)], np.asarray(missing).astype(values.dtype))
+    picked = np.empty(len(row), values.dtype)
+    # The kernel is compiled once for each width.
+    width = np.dtype(f"i{values.itemsize}")
+    none = np.asarray(missing).astype(values.dtype).view(width)[()]
+    _pick(np.ascontiguousarray(values).view(width), np.ascontiguousarray(row, np.int64), none, picked.view(width))
+    return picked
+
+
+@njit(cache=True, nogil=True)
+def _pick(values, row, missing, picked):
+    """See :func:`pick`."""
+    for i in range(len(row)):
+        if row[i] >= len(values):
+            raise IndexError("a row beyond the last")
+        picked[i] = values[row[i]] if row[i] >= 0 else missing
 
 
 @njit(cache=True, nogil=True)
@@ -188,8 +210,42 @@ def _lay_out(rank, code, by_rank, start, order, key):
 
 
 @njit(cache=True, nogil=True)
+def _outward(key, first, end, want, near):
+    """Return the first place from `first` to `end` whose key is not below `want`: outward from one that is near, in steps
+    that double, then by halves."""
+    low = high = near
+    step = 1
+    if low < end and key[low] < want:
+        while high < end and key[high] < want:
+            low = high + 1
+            high = min(low + step, end)
+            step *= 2
+    else:
+        while low > first and key[low - 1] >= want:
+            high = low - 1
+            low = max(high - step, first)
+            step *= 2
+    while low < high:
+        middle = (low + high) // 2
+        if key[middle] < want:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@njit(cache=True, nogil=True)
+def _places(keys, wanted, add, found):
+    """See :func:`places`."""
+    at = 0
+    for i in range(len(wanted)):
+        at = _outward(keys, 0, len(keys), min(wanted[i], _MOST - 1) + add, at)
+        found[i] = at
+
+
+@njit(cache=True, nogil=True)
 def _search(rank, code, start, key, order, add, back, found):
-    """See :meth:`AsOf._find`: outward from where the group's last search ended, in steps that double, then by halves."""
+    """See :meth:`AsOf._find`."""
     cursor = start.copy()
     for i in range(len(rank)):
         group = code[i]
@@ -197,25 +253,7 @@ def _search(rank, code, start, key, order, add, back, found):
         if group < 0 or rank[i] < 0:
             continue
         first, end, want = start[group], start[group + 1], min(rank[i], _MOST - 1) + add
-        low = high = cursor[group]
-        step = 1
-        if low < end and key[low] < want:
-            while high < end and key[high] < want:
-                low = high + 1
-                high = min(low + step, end)
-                step *= 2
-        else:
-            while low > first and key[low - 1] >= want:
-                high = low - 1
-                low = max(high - step, first)
-                step *= 2
-        while low < high:
-            middle = (low + high) // 2
-            if key[middle] < want:
-                low = middle + 1
-            else:
-                high = middle
-        cursor[group] = low
-        at = low - back
+        cursor[group] = _outward(key, first, end, want, cursor[group])
+        at = cursor[group] - back
         if first <= at < end and key[at] >= 0:
             found[i] = order[at]

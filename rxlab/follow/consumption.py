@@ -9,7 +9,7 @@ import numpy as np
 
 from rxlab.follow.asof import AsOf, pick
 from rxlab.follow.hidden import Hidden
-from rxlab.follow.kernelpath import event_columns, task_ids
+from rxlab.follow.kernelpath import event_columns, only, task_ids
 from rxlab.read.columns import Columns
 
 MSG_PEEK = 0x2  # include/linux/socket.h
@@ -122,7 +122,7 @@ def receive_events(events: Mapping[str, Columns], hidden: Hidden) -> tuple[Colum
     """Return the copies (each with the call that follows it) and the receive calls on IPv4 and IPv6 sockets."""
     receives = event_columns(events, "sock:sock_recv_length")
     if "family" in receives:
-        receives = receives.take(np.isin(receives["family"], (2, 10)))
+        receives = only(receives, (receives["family"] == 2) | (receives["family"] == 10))
     copies = event_columns(events, "skb:skb_copy_datagram_iovec")
     calls = AsOf(receives["rank"], receives["tid"])
     call = calls.first_after(copies["rank"], copies["tid"])

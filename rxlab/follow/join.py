@@ -36,6 +36,7 @@ from rxlab.follow.status import (
     FlowsSoFar,
     drop_reasons,
     give_statuses,
+    has_status,
     merged_and_late,
     required_stages,
 )
@@ -44,7 +45,7 @@ from rxlab.follow.streams import consume_streams
 from rxlab.follow.verdict import Tally, clock_told, give_verdict
 from rxlab.follow.wake import Since, Wake, attribute, first_wakes
 from rxlab.read.columns import Columns
-from rxlab.stages import ORDER, PATH_KINDS, STAGE_INDEX, STATUSES
+from rxlab.stages import ORDER, PATH_KINDS, STAGE_INDEX
 
 _RX = STAGE_INDEX["netif_receive_skb"]
 
@@ -424,7 +425,7 @@ def _judge(rows: StageTable, columns: Columns, required: np.ndarray, evidence: E
         # The NIC's stamp is no stage of the kernel: nic_latency is measured from it, total_latency is not.
         for stage in ORDER_INDEX[kind][:0:-1]:
             t0[mine[rows.time[mine, stage] != NAT]] = stage
-    trusted = columns["is_data"] & rows.seen("recvmsg") & np.isin(np.asarray(STATUSES)[status], TRUSTED)
+    trusted = columns["is_data"] & rows.seen("recvmsg") & has_status(status, TRUSTED)
     columns = columns.with_columns(status=status, drop_reason=drop_reason, t0_stage=t0, trusted=trusted)
     columns.attrs["categories"]["drop_reason"] = reasons_table
     return columns

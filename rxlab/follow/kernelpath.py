@@ -61,7 +61,8 @@ class KernelPath(StageTable):
 
     def select(self, row: np.ndarray) -> KernelPath:
         """Return the given skbs."""
-        return KernelPath(self.time[row], self.cpu[row], self.rank[row], self.columns.take(row))
+        rows = self.take(row)
+        return KernelPath(rows.time, rows.cpu, rows.rank, self.columns.take(row))
 
     def continued(self, later: KernelPath, events: Mapping[str, Columns]) -> KernelPath:
         """Return these skbs, with what later events say of the end of their lives, followed by the `later` ones not among them."""
@@ -98,6 +99,11 @@ def _field(columns: Columns, name: str, dtype: type, missing: int = 0) -> np.nda
     return np.full(columns.n, missing, dtype)
 
 
+def only(columns: Columns, rows: np.ndarray) -> Columns:
+    """Return the rows of a mask, without copying where it is all of them."""
+    return columns if rows.all() else columns.take(rows)
+
+
 def on_device(columns: Columns, iface: str) -> Columns:
     """Return the rows of a ``net:*`` event whose device has this name."""
     if "name" not in columns or not columns.n:
@@ -105,8 +111,8 @@ def on_device(columns: Columns, iface: str) -> Columns:
     names = columns.attrs.get("categories", {}).get("name")
     if names is None:
         return columns.take(columns["name"] == iface.encode())
-    wanted = [code for code, text in enumerate(names) if text == iface]
-    return columns.take(np.isin(columns["name"], wanted))
+    is_wanted = np.array([text == iface for text in names] + [False])
+    return only(columns, is_wanted[columns["name"]])
 
 
 def follow_kernel(
@@ -156,12 +162,21 @@ _COLUMN_NAMES = (
 def _end_of_life(received: np.ndarray, address: np.ndarray, events: Mapping[str, Columns]) -> np.ndarray:
     """Return the rank at which each skb's address is born again after its `received` rank (the largest int64: never)."""
     births = [event_columns(events, name) for name in BIRTHS]
-    births = [birth for birth in births if birth.n and "skbaddr" in birth]
-    if not births:
-        return np.full(len(received), _NEVER)
-    rank = np.concatenate([birth["rank"] for birth in births])
-    index = AsOf(rank, np.concatenate([_field(birth, "skbaddr", np.uint64) for birth in births]))
-    return index.rank_of(index.first_after(received, address), _NEVER)
+    births = [birth for birth in births if "skbaddr" in birth]
+    return _first_rank([(birth["rank"], _field(birth, "skbaddr", np.uint64)) for birth in births], received, address)
+
+
+def _first_rank(events: list[tuple[np.ndarray, np.ndarray]], rank: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """Return the rank of the first event after each rank, of any kind and in the same group; the largest int64 where none.
+
+    Each kind is ranks and groups, in order of rank as recorded: looked at one by one, they need not be sorted into one.
+    """
+    first = np.full(len(rank), _NEVER)
+    for ranks, groups in events:
+        if len(ranks):
+            index = AsOf(ranks, groups)
+            np.minimum(first, index.rank_of(index.first_after(rank, group), _NEVER), out=first)
+    return first
 
 
 def _link_driver(
@@ -303,7 +318,7 @@ def _handler_of(
 
 def _net_rx(columns: Columns) -> Columns:
     """Return the rows of a softirq event for NET_RX (vec 3)."""
-    return columns.take(columns["vec"] == 3) if "vec" in columns else columns
+    return only(columns, columns["vec"] == 3) if "vec" in columns else columns
 
 
 def _link_rps(path: KernelPath, events: Mapping[str, Columns], hidden: Hidden) -> None:
@@ -366,6 +381,8 @@ def _link_socket(path: KernelPath, events: Mapping[str, Columns], hidden: Hidden
 
 def _touched(path: KernelPath, events: Columns, row: np.ndarray, since: str, hidden: Hidden) -> np.ndarray:
     """Tell for each link from an earlier stage to an event whether other events may be missing between, on either's CPU."""
+    if not hidden.any:
+        return np.zeros(len(row), bool)
     at = STAGE_INDEX[since]
     start, end = path.time[:, at], pick(events["time"], row, NAT)
     return hidden.touch(start, end, path.cpu[:, at]) | hidden.touch(start, end, pick(events["cpu"], row, -1))
@@ -380,7 +397,8 @@ def _link_data_ready(path: KernelPath, events: Mapping[str, Columns], probes: Co
     socket = path.columns["socket"]
     # AF_UNIX, vsock and netlink data_ready nest in the same softirq (14 of 20,000 mis-linked without this): only inet.
     for protocol in (6, 17) if "family" in ready else ():
-        rows = np.flatnonzero(np.isin(ready["family"], (2, 10)) & (ready["protocol"] == protocol))
+        is_inet = (ready["family"] == 2) | (ready["family"] == 10)
+        rows = np.flatnonzero(is_inet & (ready["protocol"] == protocol))
         mine, sockets = ready.take(rows), _field(ready, "skaddr", np.uint64)[rows]
         if protocol == 6:
             # The socket lock keeps one segment's probe and data_ready together on its socket, whatever softirq comes between
@@ -399,7 +417,7 @@ def _link_data_ready(path: KernelPath, events: Mapping[str, Columns], probes: Co
         found = np.where(wanted & (index.rank_of(found, _NEVER) < limit), found, -1)
         if protocol == 17:
             breaks = [mine, probes, event_columns(events, "irq:softirq_entry"), event_columns(events, BIRTHS[3])]
-            found = _ready_of_batches(path, found, index, following, wanted, AsOf(*_ranks_and_cpus(breaks)))
+            found = _ready_of_batches(path, found, index, following, wanted, _ranks_and_cpus(breaks))
         since = "tcp_rcv" if protocol == 6 else "netif_receive_skb"
         found = np.where(_touched(path, mine, found, since, hidden), -1, found)
         row = np.where(found >= 0, pick(rows, found, -1), row)
@@ -412,7 +430,12 @@ def _link_data_ready(path: KernelPath, events: Mapping[str, Columns], probes: Co
 
 
 def _ready_of_batches(
-    path: KernelPath, found: np.ndarray, ready: AsOf, received: AsOf, is_datagram: np.ndarray, breaks: AsOf
+    path: KernelPath,
+    found: np.ndarray,
+    ready: AsOf,
+    received: AsOf,
+    is_datagram: np.ndarray,
+    breaks: list[tuple[np.ndarray, np.ndarray]],
 ) -> np.ndarray:
     """Give the data_ready calls after a batch of datagrams to those they were for.
 
@@ -422,11 +445,13 @@ def _ready_of_batches(
     """
     at = STAGE_INDEX["netif_receive_skb"]
     rank, cpu = path.rank[:, at], path.cpu[:, at].astype(np.int64)
+    is_napi = path.columns["path_kind"] == PATH_KINDS.index("napi")
+    if not is_napi.any():
+        return found
     order = np.lexsort((rank, cpu))
-    rank, cpu = rank[order], cpu[order]
-    is_napi = path.columns["path_kind"][order] == PATH_KINDS.index("napi")
+    rank, cpu, is_napi = rank[order], cpu[order], is_napi[order]
     following = received.rank_of(received.first_after(rank, cpu), _NEVER)
-    unbroken = breaks.rank_of(breaks.first_after(rank, cpu), _NEVER) > following
+    unbroken = _first_rank(breaks, rank, cpu) > following
     joined = np.zeros(len(order), bool)
     joined[1:] = (unbroken & is_napi)[:-1] & is_napi[1:] & (following[:-1] == rank[1:])
     batch = np.cumsum(~joined) - 1
@@ -449,13 +474,12 @@ def _ready_of_batches(
     return found
 
 
-def _ranks_and_cpus(columns: list[Columns]) -> tuple[np.ndarray, np.ndarray]:
-    return np.concatenate([one["rank"] for one in columns]), np.concatenate([one["cpu"] for one in columns])
+def _ranks_and_cpus(columns: list[Columns]) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [(one["rank"], one["cpu"]) for one in columns]
 
 
 def _wake_limit(path: KernelPath, events: Mapping[str, Columns]) -> np.ndarray:
     """Return the rank of the first event after data_ready, on its CPU, that begins another packet's processing."""
     at = STAGE_INDEX["data_ready"]
     others = [event_columns(events, name) for name in ("net:netif_receive_skb", "tcp:tcp_probe", "sock:sk_data_ready")]
-    index = AsOf(*_ranks_and_cpus(others))
-    return index.rank_of(index.first_after(path.rank[:, at], path.cpu[:, at]), _NEVER)
+    return _first_rank(_ranks_and_cpus(others), path.rank[:, at], path.cpu[:, at])

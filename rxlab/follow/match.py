@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from rxlab.follow.asof import pick
+from rxlab.follow.asof import AsOf, pick, places
 from rxlab.read.compiler import njit
 
 # Stamp and event clocks agree to tens of ns; a window is widened by this much on both sides.
@@ -74,6 +74,8 @@ def classify_stamp(
     if not len(receive_time) or not len(packet_time):
         return "unknown", {"bracket": 0.0, "tap": 0.0, "events": float(max(len(driver_time), len(receive_time)))}
     every = max(1, len(packet_time) // sample)
+    origin = packet_time.min() - STALL_NS
+    by_length = AsOf(packet_time - origin, packet_len)
 
     def fraction(time: np.ndarray, length: np.ndarray, span: np.ndarray) -> float:
         during = (time >= packet_time.min() - STALL_NS) & (time <= packet_time.max())
@@ -81,8 +83,12 @@ def classify_stamp(
         if not len(time):
             return 0.0
         step = max(1, len(time) // sample)
-        events = _has_stamp(packet_time, packet_len, time[::step], length[::step], span[::step])
-        packets = _has_event(packet_time[::every], packet_len[::every], time, length, span)
+        # An event has a packet of its length within [time, time + span]; a packet, the last event of its length before it.
+        stamped = by_length.first_after(time[::step] - origin, length[::step], inclusive=True)
+        events = pick(packet_time, stamped, np.iinfo(np.int64).max) <= time[::step] + span[::step]
+        stamps = packet_time[::every]
+        last = AsOf(time - origin, length).last_before(stamps - origin, packet_len[::every], inclusive=True)
+        packets = (last >= 0) & (stamps <= pick(time + span, last, 0))
         return float(max(events.mean(), packets.mean()))
 
     bracket = fraction(driver_time, driver_len, driver_span)
@@ -91,35 +97,6 @@ def classify_stamp(
     if max(bracket, tap) < 0.5:
         return "nic", evidence
     return ("bracket" if bracket > tap else "tap"), evidence
-
-
-def _has_stamp(
-    packet_time: np.ndarray, packet_len: np.ndarray, time: np.ndarray, length: np.ndarray, span: np.ndarray
-) -> np.ndarray:
-    """Tell for each event whether a packet of equal length is stamped within [time, time + span]."""
-    key, want, _ = _keys(packet_time, packet_len, time, length, int(span.max()))
-    at = np.searchsorted(key, want)
-    return (at < len(key)) & (key[np.minimum(at, len(key) - 1)] <= want + span)
-
-
-def _has_event(
-    packet_time: np.ndarray, packet_len: np.ndarray, time: np.ndarray, length: np.ndarray, span: np.ndarray
-) -> np.ndarray:
-    """Tell for each packet whether the last event of equal length before it lasted until its stamp."""
-    key, want, order = _keys(time, length, packet_time, packet_len, int(span.max()))
-    at = np.searchsorted(key, want, side="right") - 1
-    return (at >= 0) & (want <= key[at] + span[order[at]])
-
-
-def _keys(
-    time: np.ndarray, length: np.ndarray, other_time: np.ndarray, other_length: np.ndarray, longest: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return keys that sort by (length, time), sorted, those of the others, and the order; spans reach into no other length."""
-    order = np.lexsort((time, length))
-    origin = min(time.min(), other_time.min())
-    width = int(max(time.max(), other_time.max()) - origin) + longest + 2
-    key = length[order].astype(np.int64) * width + (time[order] - origin)
-    return key, other_length.astype(np.int64) * width + (other_time - origin), order
 
 
 def match_packets(
@@ -156,9 +133,9 @@ def match_packets(
     stamp, low, high = packet_time[packets], window_low[events], window_high[events]
     # The packets each event could be: a slice of the stamps. A few wide windows (events at a stall, or without a successor)
     # then cost little, and no other event its place.
-    middle = np.searchsorted(stamp, event_time[events])
-    first = np.maximum(np.searchsorted(stamp, low, side="left"), middle - MAX_CANDIDATES)
-    last = np.minimum(np.searchsorted(stamp, high, side="right"), middle + MAX_CANDIDATES)
+    middle = places(stamp, event_time[events])
+    first = np.maximum(places(stamp, low), middle - MAX_CANDIDATES)
+    last = np.minimum(places(stamp, high, inclusive=True), middle + MAX_CANDIDATES)
     x_len, e_len = packet_len[packets].astype(np.int64), event_len[events].astype(np.int64)
     chosen, ambiguous = _heaviest_chain(stamp, x_len, e_len, event_time[events], first, last)
     if may_overtake is not None:

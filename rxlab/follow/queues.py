@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pandas as pd
 
-from rxlab.follow.asof import AsOf, pick
+from rxlab.follow.asof import AsOf, pick, places
 from rxlab.follow.bounds import NOWHERE, Calls, close_in
 from rxlab.follow.clockfit import NAT
 from rxlab.follow.consumption import MSG_PEEK, Consumption, Segments, sleeps
@@ -160,6 +160,8 @@ class Begun:
     earlier : Earlier
     sleeps, returns : AsOf
         Switches away into sleep: a later call of the task began after them; and switches to a task.
+    calls : AsOf
+        Returns of receive calls.
     wakings : AsOf
         Wake-ups of a task.
     slept_time, waking_time : int64 arrays, nanoseconds of CLOCK_MONOTONIC
@@ -169,19 +171,21 @@ class Begun:
     earlier: Earlier
     sleeps: AsOf
     returns: AsOf
+    calls: AsOf
     wakings: AsOf
     slept_time: np.ndarray
     waking_time: np.ndarray
 
     @classmethod
-    def of(cls, earlier: Earlier, events: Mapping[str, Columns]) -> Begun:
-        """Return what the switches of a recording tell."""
+    def of(cls, earlier: Earlier, events: Mapping[str, Columns], receives: Columns) -> Begun:
+        """Return what the switches and the receive calls of a recording tell."""
         switch, waking = (event_columns(events, f"sched:sched_{name}") for name in ("switch", "waking"))
         asleep = switch.take(sleeps(switch)) if "prev_state" in switch else switch.take(np.zeros(switch.n, bool))
         return cls(
             earlier,
             AsOf(asleep["rank"], task_ids(asleep, "prev_pid")),
             AsOf(switch["rank"], task_ids(switch, "next_pid")),
+            AsOf(receives["rank"], receives["tid"]),
             AsOf(waking["rank"], task_ids(waking, "pid")),
             asleep["time"],
             waking["time"],
@@ -214,7 +218,7 @@ def consume_datagrams(
     taking = np.flatnonzero((receives["protocol"] != 6) & ((receives["flags"] & MSG_PEEK) == 0))
     taking = taking[np.lexsort((receives["rank"][taking], receives["sk"][taking].astype(np.uint64)))]
     call_socket = receives["sk"][taking].astype(np.uint64)
-    begun = Begun.of(earlier, events)
+    begun = Begun.of(earlier, events, receives)
     edges = np.flatnonzero(np.concatenate(([True], socket[1:] != socket[:-1], [True]))) if len(socket) else [0]
     for low, high in zip(edges[:-1], edges[1:], strict=True):
         first, stop = np.searchsorted(call_socket, [socket[low], socket[low] + np.uint64(1)])
@@ -337,9 +341,7 @@ def _bounded(
     """Return the calls with the bounds that each has of its own."""
     time, takes = receives["time"][calls], receives["ret"][calls] >= 0
     by_arrival = np.argsort(queue.arrival, kind="stable")
-    arrived = np.searchsorted(queue.arrival[by_arrival], time, side="left") - 1
-    last = np.maximum.accumulate(by_arrival)
-    high = np.where(arrived >= 0, last[np.maximum(arrived, 0)], -1)
+    high = pick(np.maximum.accumulate(by_arrival), places(queue.arrival[by_arrival], time) - 1, -1)
     is_next = np.concatenate(([False], ~lossy.touch(time[:-1], time[1:])))
     low = np.full(len(calls), NOWHERE, np.int64)
     readers = np.unique(receives["tid"][calls]).astype(np.int64)
@@ -404,12 +406,10 @@ def _bound_refused(low: np.ndarray, receives: Columns, queue: Queue, calls: np.n
     if not len(rows):
         return
     rank, tid = receives["rank"][calls[rows]], receives["tid"][calls[rows]].astype(np.int64)
-    before = AsOf(receives["rank"], receives["tid"].astype(np.int64))
-    since = before.rank_of(before.last_before(rank, tid), -1)
+    since = begun.calls.rank_of(begun.calls.last_before(rank, tid), -1)
     since = np.maximum(since, begun.sleeps.rank_of(begun.sleeps.last_before(rank, tid), -1))
     seen = np.flatnonzero(queue.ready_rank >= 0)
-    count = np.searchsorted(queue.ready_rank[seen], since)
-    last = np.where(count > 0, seen[np.maximum(count - 1, 0)], -1) if len(seen) else np.full(len(rows), -1)
+    last = pick(seen, places(queue.ready_rank[seen], since) - 1, -1)
     low[rows] = np.where(since >= 0, last, NOWHERE)
 
 
@@ -461,7 +461,7 @@ def _begun_since(
     The task's last call had returned, and it had come back from its last sleep. Where events may be missing between the two calls
     there may have been others: then only the last return counts.
     """
-    calls = AsOf(receives["rank"], receives["tid"].astype(np.int64))
+    calls = begun.calls
     here = calls.last_before(rank, tid, inclusive=True)
     last = calls.last_before(rank, tid)
     before = calls.rank_of(last, -1)

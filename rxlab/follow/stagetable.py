@@ -14,7 +14,7 @@ from rxlab.stages import STAGE_INDEX, STAGE_NAMES
 
 @dataclass
 class StageTable:
-    """One row per packet or skb, one column per stage.
+    """One row per packet or skb, one column per stage; each column lies together in memory, for it is filled as a whole.
 
     Attributes
     ----------
@@ -32,7 +32,11 @@ class StageTable:
     def blank(cls, n: int) -> StageTable:
         """Return a table of `n` rows in which nothing was seen."""
         shape = (n, len(STAGE_NAMES))
-        return cls(np.full(shape, NAT, np.int64), np.full(shape, -1, np.int16), np.full(shape, -1, np.int64))
+        return cls(
+            np.full(shape, NAT, np.int64, order="F"),
+            np.full(shape, -1, np.int16, order="F"),
+            np.full(shape, -1, np.int64, order="F"),
+        )
 
     def set_stage(self, stage: str, events: Columns, row: np.ndarray) -> None:
         """Write one stage from the event row found for each row of the table (-1: none)."""
@@ -49,9 +53,13 @@ class StageTable:
     def take(self, row: np.ndarray) -> StageTable:
         """Return the given rows as a new table, blank where the row is -1."""
         taken = StageTable.blank(len(row))
-        found = row >= 0
-        for target, source in ((taken.time, self.time), (taken.cpu, self.cpu), (taken.rank, self.rank)):
-            target[found] = source[row[found]]
+        for target, source, none in (
+            (taken.time, self.time, NAT),
+            (taken.cpu, self.cpu, -1),
+            (taken.rank, self.rank, -1),
+        ):
+            for at in range(target.shape[1]):
+                target[:, at] = pick(source[:, at], row, none)
         return taken
 
     def seen(self, stage: str) -> np.ndarray:

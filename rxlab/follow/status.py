@@ -36,6 +36,11 @@ TRUSTED = ("complete", "lost", "blind")
 NOT_COUNTED = ("duplicate", "dropped", "outside_window")
 
 
+def has_status(status: np.ndarray, names: tuple[str, ...]) -> np.ndarray:
+    """Tell which codes are of the given statuses."""
+    return np.array([name in names for name in STATUSES])[status]
+
+
 @dataclass
 class FlowsSoFar:
     """What the packets before those at hand told of each flow; int64 arrays, dims (flow,), -1 (the smallest int64) for nothing.
@@ -145,6 +150,7 @@ def required_stages(columns: Columns, evidence: Evidence, merged: np.ndarray, la
     """
     n = columns.n
     is_data, is_tcp = columns["is_data"], columns["proto"] == TCP
+    waits = np.array([name in ("own_wake", "coalesced", "other_wake", "preempted") for name in ATTRIBUTIONS])
     attribution = columns["attribution"]
     required = np.zeros((n, len(STAGE_NAMES)), bool)
     recorded, is_behind = (
@@ -160,7 +166,7 @@ def required_stages(columns: Columns, evidence: Evidence, merged: np.ndarray, la
         "waking": is_data & (attribution == ATTRIBUTIONS.index("own_wake")),
         "wakeup": is_data & (attribution == ATTRIBUTIONS.index("own_wake")),
         # A reader without attribution: what woke it is not known, so its switch-in is missing.
-        "switch_in": is_data & ((attribution == 0) & (columns["tid"] >= 0) | np.isin(attribution, [ATTRIBUTIONS.index(a) for a in ("own_wake", "coalesced", "other_wake", "preempted")])),
+        "switch_in": is_data & ((attribution == 0) & (columns["tid"] >= 0) | waits[attribution]),
         "copy": is_data & is_tcp,
         "recvmsg": is_data,
     }  # fmt: skip
@@ -230,7 +236,7 @@ def give_statuses(
     blind = gates.inside_windows(stamp, evidence.blind, BLIND_BEFORE_NS, BLIND_AFTER_NS)
     lost = _inside_loss(rows, stamp, evidence.lossy)
     status[overtaken & ~duplicate] = code["blind"]
-    unfinished = (missing | overtaken) & ~np.isin(status, (code["dropped"], code["duplicate"]))
+    unfinished = (missing | overtaken) & ~has_status(status, ("dropped", "duplicate"))
     status[unfinished & blind] = code["blind"]
     status[unfinished & lost] = code["lost"]
     first, last = evidence.span

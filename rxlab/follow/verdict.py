@@ -17,7 +17,7 @@ from rxlab.follow.clockfit import NAT, RESIDUAL_QUANTILES, ClockMap
 from rxlab.follow.consumption import Consumption
 from rxlab.follow.pairing import StampPlace
 from rxlab.follow.stagetrust import doubt_text, doubtful_stages
-from rxlab.follow.status import FLAGGED, NOT_COUNTED, TCP, UDP, Evidence, pieces_with
+from rxlab.follow.status import FLAGGED, NOT_COUNTED, TCP, UDP, Evidence, has_status, pieces_with
 from rxlab.read.columns import Columns
 from rxlab.stages import STAGE_INDEX, STATUSES
 
@@ -71,18 +71,19 @@ class Tally:
         """Count some packets of a part, the stamps of those that are `new`, some of its copies (masks) and blind windows."""
         evidence, columns = followed.evidence, followed.columns
         taken, residual = evidence.taken, followed.pairs.residual[new]
-        names = np.asarray(STATUSES)[columns["status"]]
-        counted = mine & columns["is_data"] & ~np.isin(names, NOT_COUNTED)
+        status = columns["status"]
+        data = mine & columns["is_data"]
+        counted, flagged = data & ~has_status(status, NOT_COUNTED), has_status(status, FLAGGED)
         masks = {
-            "data": mine & columns["is_data"],
+            "data": data,
             "counted": counted,
-            "flagged": counted & np.isin(names, FLAGGED),
+            "flagged": counted & flagged,
             "matched": counted & (evidence.matched.event >= 0),
-            "outside": mine & columns["is_data"] & (names == "outside_window"),
-            "doubted": mine & columns["is_data"] & np.isin(names, FLAGGED),
-            "certain": mine & columns["is_data"] & np.isin(names, FLAGGED) & columns["trusted"],
+            "outside": data & has_status(status, ("outside_window",)),
+            "doubted": data & flagged,
+            "certain": data & flagged & columns["trusted"],
             "in_doubt": mine & taken.anchors_disagree,
-            "order": mine & (names == "negative"),
+            "order": mine & has_status(status, ("negative",)),
             "ports": mine & _wrong_ports(columns, flows, evidence),
             "calls": mine & _misfit_calls(columns, taken, evidence.largest_call),
             "causal": mine & _late_stamps(followed),
