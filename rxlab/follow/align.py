@@ -13,8 +13,8 @@ import numpy as np
 
 from rxlab.errors import ClockError, MissingEventError, UsageError
 from rxlab.follow.clockfit import NAT, ClockMap
-from rxlab.follow.clockmatch import Pairs, match_sequences, match_tcp_keys
-from rxlab.follow.envelope import MIN_PACKETS, Envelope, fit_envelope
+from rxlab.follow.clockmatch import Pairs, UnlikeGapsError, match_sequences, match_tcp_keys, refuse_reversed
+from rxlab.follow.envelope import MAX_BOUND_NS, MIN_PACKETS, Envelope, fit_envelope
 from rxlab.follow.kernelpath import KernelPath, event_columns, follow_kernel
 from rxlab.read.columns import Columns
 from rxlab.stages import STAGE_INDEX
@@ -22,6 +22,15 @@ from rxlab.stages import STAGE_INDEX
 TCP = 6
 ACK_FLAG = 0x10
 MULTICAST_BIT = 1 << 40
+# Events to match stamps with, and whether the stamp is the later of both: a software stamp lies inside netif_rx, behind the driver's
+# event, or at the tap; a hardware stamp before them all. After RPS an IPI lies in between.
+ORDERS = (
+    ("stamp_high", False),
+    ("driver_rx", True),
+    ("netif_receive_skb", True),
+    ("driver_rx", False),
+    ("netif_receive_skb", False),
+)
 # An interval for the stamp may be this much inside out before the stamp cannot lie there.
 INSIDE_OUT_NS = 100
 
@@ -67,21 +76,25 @@ def align_recordings(
     path = follow_kernel(events, iface)
     if len(path.time) < MIN_PACKETS:
         raise MissingEventError("too few net:netif_receive_skb events to align", where=iface, found=str(len(path.time)))
-    refusal = ClockError("no received packets to align", found=f"{packets.n} packets, none to a unicast address")
-    best: tuple[Pairs, Columns, int] | None = None
+    refusal: ClockError | None = None
+    best: tuple[tuple[bool, int], ClockMap, int] | None = None
     for mac in _candidates(packets):
         received = packets.take((packets["dst_mac"] == mac) & (packets["src_mac"] != mac))
         try:
             pairs = _pair(path, received, events)
+            clock = _fit(path, received["time"][pairs.packet], pairs, perf_clock == "CLOCK_MONOTONIC")
         except ClockError as error:
-            refusal = error
+            refusal = refusal if refusal and isinstance(error, UnlikeGapsError) else error
             continue
-        if best is None or (pairs.ratio, len(pairs.packet)) > (best[0].ratio, len(best[0].packet)):
-            best = pairs, received, mac
+        # Replies follow requests so steadily that their gaps agree too; but their stamps do not lie that closely between two events.
+        rank = clock.method != "brackets", clock.bound_ns
+        if best is None or rank < best[0]:
+            best = rank, clock, mac
     if best is None:
-        raise refusal
-    pairs, received, mac = best
-    clock = _fit(path, received["time"][pairs.packet], pairs, perf_clock == "CLOCK_MONOTONIC")
+        raise refusal or ClockError(
+            "no received packets to align", found=f"{packets.n} packets, none to a unicast address"
+        )
+    _, clock, mac = best
     return replace(clock, perf_clock=perf_clock), iface, frozenset({mac})
 
 
@@ -144,14 +157,44 @@ def _pair(path: KernelPath, received: Columns, events: Mapping[str, Columns]) ->
         )
         if len(pairs.packet) >= max(MIN_PACKETS, len(is_tcp) // 10):
             return Pairs(is_tcp[pairs.packet], probed[pairs.event], pairs.ratio, pairs.method)
+    return _pair_by_gaps(path, received)
+
+
+def _pair_by_gaps(path: KernelPath, received: Columns) -> Pairs:
+    """Match received packets to skbs by the gaps, at the event whose delay against the stamp varies least.
+
+    The side that comes later in a packet's life is late where the packet stalls, and lateness is what the match allows for. Where the
+    stamp was taken is not known yet: every order of both is tried, until the fastest packets carry a curve well.
+    """
     length = received["wire_len"].astype(np.int64) - 14 - np.where(received["vlan"] >= 0, 4, 0)
-    # The driver's event jitters least against the stamp; after RPS an IPI lies in between.
-    rx_time = path.time[:, STAGE_INDEX["driver_rx"]]
-    if (rx_time == NAT).any():
-        rx_time = path.time[:, STAGE_INDEX["netif_receive_skb"]]
-    order = np.argsort(rx_time, kind="stable")
-    pairs = match_sequences(received["time"], length, rx_time[order], path.columns["len"][order])
-    return Pairs(pairs.packet, order[pairs.event], pairs.ratio, pairs.method, pairs.envelope)
+    best: Pairs | None = None
+    refusal: ClockError | None = None
+    for name, stamp_is_later in ORDERS:
+        time = path.columns[name] if name in path.columns else path.time[:, STAGE_INDEX[name]]
+        if (time == NAT).any():
+            continue
+        order = np.argsort(time, kind="stable")
+        sides = (received["time"], length), (time[order], path.columns["len"][order])
+        try:
+            pairs = match_sequences(*sides[stamp_is_later], *sides[not stamp_is_later])
+        except UnlikeGapsError:
+            raise
+        except ClockError as error:
+            refusal = refusal or error
+            continue
+        if best is None or _spread(pairs) < _spread(best):
+            packet, event = (pairs.event, pairs.packet) if stamp_is_later else (pairs.packet, pairs.event)
+            best = replace(pairs, packet=packet, event=order[event])
+        if _spread(pairs) <= MAX_BOUND_NS:
+            break
+    if best is None:
+        raise refusal or ClockError("no event of every packet to match the capture with")
+    return best
+
+
+def _spread(pairs: Pairs) -> float:
+    """Return how far the fastest packets of a match leave the clock open."""
+    return pairs.envelope.bound_ns if pairs.envelope is not None else 0.0
 
 
 def _sides(path: KernelPath, skb: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -204,6 +247,7 @@ def _fit(path: KernelPath, stamp: np.ndarray, pairs: Pairs, is_rigid: bool) -> C
     first = _earliest(path, pairs.event)
     seen = first != NAT
     envelope = fit_envelope(stamp[seen], first[seen])
+    refuse_reversed(stamp[seen], first[seen], envelope)
     return _clock_map(envelope, envelope.offset_at(envelope.knots), envelope.bound_ns, "nic", "envelope", False)
 
 

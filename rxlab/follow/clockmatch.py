@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rxlab.errors import ClockError
-from rxlab.follow.envelope import MAX_DRIFT, MIN_PACKETS, Envelope, fit_envelope
+from rxlab.follow.envelope import MAX_BOUND_NS, MAX_DRIFT, MIN_PACKETS, Envelope, fit_envelope
 from rxlab.follow.match import match_packets
 from rxlab.read.compiler import njit
 
@@ -35,9 +35,15 @@ MAX_COINCIDENCE = 1e-5
 # Where delays vary by more than this share of the packets' distance, neighbours can change places unseen (a capture whose events
 # came after RPS: 1 to 5 wrong pairs of 45,000).
 MAX_JITTER = 0.4
+# So many times better do the slowest packets carry a curve where stamps follow events (seen: 2.5 and 6; elsewhere never above 1).
+REVERSED = 1.5
 # How fast a clock's frequency may wander: beyond what is matched its course is known to this.
 STEERING = 0.6e-6
 REMEDY = "Record with 'rxlab capture' (it reads the clocks), or send traffic whose gaps or sizes vary."
+
+
+class UnlikeGapsError(ClockError):
+    """Packets and events whose gaps agree at no shift, whichever of both comes first in a packet's life."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,7 @@ def match_sequences(stamp: np.ndarray, stamp_len: np.ndarray, event: np.ndarray,
     x_len, e_len = np.asarray(stamp_len, np.int64), np.asarray(event_len, np.int64)
     place, size, shift, ratio = _find_shift(x, x_len, e, e_len)
     if ratio < MIN_SCORE_RATIO:
-        raise ClockError(
+        raise UnlikeGapsError(
             "packets and events cannot be matched without a common clock",
             found=f"the best alignment of the gaps is only {ratio:.1f} times better than the next",
             expected=f"{MIN_SCORE_RATIO:.0f} times",
@@ -245,7 +251,26 @@ def _grow(
     packet, partner = _match_inside(np.arange(len(x)), at, x_len, e, e_len, early, late)
     _refuse_jitter(x[packet], x_len[packet], late)
     _refuse_losses(at, e, packet, partner, early, late)
-    return packet, partner, fit_envelope(x[packet], e[partner])
+    envelope = fit_envelope(x[packet], e[partner])
+    refuse_reversed(x[packet], e[partner], envelope)
+    return packet, partner, envelope
+
+
+def refuse_reversed(x: np.ndarray, e: np.ndarray, envelope: Envelope) -> None:
+    """Refuse where the slowest packets carry a curve better than the fastest: then the stamps follow the events.
+
+    A packet that stalled in between has its event before the window it is looked for in, and takes a neighbour's in silence (7 of
+    58,828 real ones under load).
+    """
+    if envelope.bound_ns <= MAX_BOUND_NS:
+        return
+    turned = fit_envelope(-x, -e).bound_ns
+    if REVERSED * turned < envelope.bound_ns:
+        raise ClockError(
+            "the stamps follow the events they are matched with",
+            found=f"the slowest packets lie within {turned:.0f} ns of a curve, the fastest within {envelope.bound_ns:.0f} ns",
+            do="Match with an event that follows the stamp, or exchange both sides.",
+        )
 
 
 def _refuse_jitter(x: np.ndarray, x_len: np.ndarray, late: int) -> None:
