@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import xarray as xr
 
 from rxlab.read.columns import Columns
 from rxlab.stages import ATTRIBUTIONS, ORDER, PATH_KINDS, READER_KINDS, STAGE_INDEX, STAGE_NAMES, STATUSES
@@ -184,6 +185,20 @@ def _coverage(time: np.ndarray, order: Sequence[str], lost: np.ndarray) -> Colum
         arrays["lost"][stage] = len(time) - arrays["matched"][stage]
         arrays["doubtful"][stage] = arrays["lost"][stage]
     return Columns(arrays)
+
+
+def plant_steering(tree: xr.DataTree, delivered: int, elsewhere: int, on_target: int, off_target: int) -> xr.DataTree:
+    """Return the tree with so many data packets delivered by RFS and not, and on and off the RPS target; of the rest nothing is known."""
+    packets = tree["packets"].to_dataset().load()
+    rows = np.flatnonzero(packets["is_data"].values)
+    stack = packets["cpu"].sel(stage="netif_receive_skb").values[rows]
+    flags, target = np.full(packets.sizes["packet"], -1, np.int8), np.full(packets.sizes["packet"], -1, np.int16)
+    flags[rows[:delivered]], flags[rows[delivered : delivered + elsewhere]] = 1, 0
+    target[rows[:on_target]] = stack[:on_target]
+    target[rows[on_target : on_target + off_target]] = 1 - stack[on_target : on_target + off_target]
+    packets["rfs_delivered"].values[:], packets["rps_predicted"].values[:] = flags, target
+    tree["packets"].dataset = packets
+    return tree
 
 
 def make_run(**changes: Any) -> dict[str, Any]:

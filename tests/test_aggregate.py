@@ -7,9 +7,9 @@ import pytest
 import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
-from joined_builder import make_app_logs, make_counters, make_host, make_joined, make_run
+from joined_builder import make_app_logs, make_counters, make_host, make_joined, make_run, plant_steering
 
-from rxlab.dataset import aggregate, schema, store
+from rxlab.dataset import aggregate, schema, stats, store
 from rxlab.errors import RxlabError, SchemaError
 
 LATENCIES = st.lists(st.floats(1.0, 1e12), min_size=1, max_size=60)
@@ -119,6 +119,19 @@ def test_interrupts_of_a_queue_and_softirqs_per_hardirq():
     assert float(found["softirqs_per_hardirq"]) == (400 + 300) / 140
     np.testing.assert_array_equal(found["interrupts"], [[100, 40], [np.nan, np.nan]])
     assert grid.empty().interrupts.dims == ("repetition", "arm", "queue", "cpu")
+
+
+def test_steering_is_told_of_the_packets_it_is_known_of():
+    tree = plant_steering(_tree(), delivered=150, elsewhere=30, on_target=60, off_target=40)
+    assert stats.steered(tree) == {"rfs_delivered": (150, 180), "on_rps_target": (60, 100)}
+    untraced = _tree(arm="untraced", rps="2")
+    sweep = aggregate.combine([tree, _tree(2, rps="1"), untraced])
+    assert sweep["rfs_delivered"].dims == sweep["on_rps_target"].dims == ("rps_cpus", "repetition", "arm")
+    run = {"rps_cpus": "0", "repetition": 0, "arm": "std"}
+    assert float(sweep["rfs_delivered"].sel(run)) == 150 / 180
+    assert float(sweep["on_rps_target"].sel(run)) == 0.6
+    assert np.isnan(sweep["on_rps_target"].sel({**run, "rps_cpus": "1"}))  # RPS off: no target
+    assert np.isnan(sweep["rfs_delivered"].sel({**run, "rps_cpus": "2", "arm": "untraced"}))
 
 
 def test_every_variable_of_a_sweep_is_the_schemas():

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import xarray as xr
-from joined_builder import make_app_logs, make_host, make_joined, make_run
+from joined_builder import make_app_logs, make_host, make_joined, make_run, plant_steering
 from report_builder import VERIFIED, make_runs
 
 from rxlab.dataset import store
@@ -163,6 +163,17 @@ def test_a_sweep_has_ranks_effects_and_a_runner_up(tmp_path, monkeypatch):
     assert "rps_cpus=2 with gro=on" in text
     assert drawn["layout"].dims == ("rps_cpus", "gro", "repetition")
     assert [(one.first, one.last) for one in drawn["ranks"]] == [(1, 1), (2, 3), (2, 3), (4, 4)]
+
+
+def test_two_settings_that_changed_together_have_no_heat_map():
+    values = np.full((2, 2, 5), np.nan)
+    values[0, 0], values[1, 1] = 20_000, 22_000
+    coords = {"rps_cpus": ["", "0,1"], "rps_flow_cnt": ["", "4096"]}
+    layout = xr.DataArray(values, dims=("rps_cpus", "rps_flow_cnt", "repetition"), coords=coords)
+    assert not list(evidence.draw_sweep([], layout, []))
+    values[0, 1] = 21_000
+    (drawn,) = evidence.draw_sweep([], layout, [])
+    assert drawn["question"] == "How do two settings go together?"
 
 
 def test_what_a_colleague_must_know_is_said(html):
@@ -393,6 +404,27 @@ def test_agreement_and_explanation_follow_the_quantile_of_the_verdict(runs):
     assert "the p99 packet takes" in more
     assert "on the direction of the p99" in more
     assert "explains no verdict" not in more
+
+
+def _with_rfs(run, entries="32768", flows=4096):
+    settings, queues = {"rps_sock_flow_entries": entries}, [{"queue": 0, "rps_cpus": "0-1", "rps_flow_cnt": flows}]
+    return replace(run, host={**run.host, "settings": settings, "ifaces": {"rx0": {"queues": queues}}})
+
+
+def test_where_rfs_is_on_it_is_said_how_much_it_delivered():
+    off, on = (make_runs(reps=2, settings=(cpus,)) for cpus in ("0", "0,1"))
+    for group, there in ((off, 312), (on, 558)):
+        plant_steering(group[-1].tree, delivered=there, elsewhere=600 - there, on_target=0, off_target=0)
+    runs = [*off, *map(_with_rfs, on)]
+    groups = answer.group_runs(runs)
+    (said,) = [line for line in answer.give_answer(groups, [], None).more if "RFS" in line]
+    assert said == (
+        "With rps_cpus=0,1 RFS delivered 93 % of the packets to the CPU of their reader, where the socket was read last "
+        "(558 of 600 in the traced runs); without RFS (rps_cpus=0) 52 % came there."
+    )
+    for half in (_with_rfs(on[-1], entries="0"), _with_rfs(on[-1], flows=0)):  # one table alone does nothing
+        without = answer.give_answer(answer.group_runs([*off, half]), [], None)
+        assert not [line for line in without.more if "RFS" in line]
 
 
 def test_runs_of_different_workloads_are_not_pooled(runs):

@@ -306,9 +306,10 @@ def summarize(tree: xr.DataTree, grid: Grid, queue_irqs: Mapping[int, int] | Non
 
 
 def _locality(tree: xr.DataTree, rows: np.ndarray) -> dict[str, Any]:
-    """Return how many packets ran on their reader's CPU, and how they followed it when it moved."""
+    """Return how many packets ran on their reader's CPU, where RFS and RPS want them, and how they followed it when it moved."""
     same = tree["packets"].to_dataset()["same_cpu"].values[rows]
     found: dict[str, Any] = {"on_reader_cpu": _ratio(float((same == 1).sum()), float((same >= 0).sum())), "moves": 0.0}
+    found |= {name: _ratio(there, known) for name, (there, known) in stats.steered(tree, rows).items()}
     if "moves" not in tree.children:
         return found
     moves = tree["moves"].to_dataset()

@@ -312,6 +312,8 @@ def _sweep() -> list[Variable]:
         Variable("sweep", "reschedule_ipis_per_packet", base, "float64", "1", "", "reschedule IPIs per packet", "/proc/interrupts 'Rescheduling interrupts': a wakeup on another CPU; whole host", "NaN: no run, or not counted"),
         Variable("sweep", "wakeups_per_packet", base, "float64", "1", "", "wakeups per data packet", "distinct instants of stage waking, per usable packet", "NaN: no run or no trace"),
         Variable("sweep", "on_reader_cpu", base, "float64", "1", "", "packets on the reader's CPU", "share of usable packets whose stack ran on the CPU they were read on", "NaN: no run or no trace"),
+        Variable("sweep", "rfs_delivered", base, "float64", "1", "", "delivered as RFS wants", "share of usable packets whose stack ran on /packets last_read_cpu; without RFS so many are there by chance", "NaN: no run or no trace, or of no packet known"),
+        Variable("sweep", "on_rps_target", base, "float64", "1", "", "on the RPS target", "share of usable packets whose stack ran on /packets rps_predicted", "NaN: no run or no trace, or of no packet known (RPS off)"),
         Variable("sweep", "moves", base, "float64", "1", "", "moves of readers", "rows of /moves", "NaN: no run or no trace"),
         Variable("sweep", "moves_followed", base, "float64", "1", "", "moves followed", "share of moves after which packets came to the reader's new CPU before it moved on", "NaN: no move"),
         Variable("sweep", "lag_packets", (*base, "quantile"), "float64", "1", "", "lag behind the reader in packets", "quantile of /moves lag_packets", "NaN: no move followed"),

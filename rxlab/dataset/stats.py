@@ -218,6 +218,26 @@ def locality(tree: xr.DataTree) -> dict[str, float]:
     return shares
 
 
+def steered(tree: xr.DataTree, rows: np.ndarray | None = None) -> dict[str, tuple[int, int]]:
+    """Return how many usable packets came to the CPU that steering wanted, and of how many that is known.
+
+    Key ``rfs_delivered``: the CPU on which their socket was read last, RFS's aim (without RFS so many are there by chance);
+    ``on_rps_target``: the CPU that RPS takes by their hash. (0, 0) where nothing is known.
+    """
+    packets = tree["packets"].to_dataset()
+    if "rfs_delivered" not in packets:
+        return {"rfs_delivered": (0, 0), "on_rps_target": (0, 0)}
+    rows = usable(packets) if rows is None else rows
+    delivered = packets["rfs_delivered"].values[rows]
+    stack = packets["cpu"].sel(stage="netif_receive_skb").values[rows]
+    target = packets["rps_predicted"].values[rows]
+    is_known = (stack >= 0) & (target >= 0)
+    return {
+        "rfs_delivered": (int((delivered == 1).sum()), int((delivered >= 0).sum())),
+        "on_rps_target": (int((stack[is_known] == target[is_known]).sum()), int(is_known.sum())),
+    }
+
+
 def quantile_table(tree: xr.DataTree, *, confidence: float = 0.95) -> xr.Dataset:
     """Return the quantiles of every hop of one run.
 

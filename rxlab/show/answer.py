@@ -229,12 +229,38 @@ def give_answer(groups: Mapping[str, Sequence[AnalysedRun]], pairs: Sequence[Pai
         given = _answer_pair(pairs[0], metric)
     else:
         given = _answer_single(groups)
+    given = replace(given, more=[*given.more, *_rfs_words(groups)])
     differences = aggregate.varied_settings(workload_differences([run for group in groups.values() for run in group]))
     if differences:
         facts = "; ".join(f"{name} {' | '.join(values)}" for name, values in differences.items())
         note = f"The runs are of different workloads ({facts}): they are neither pooled nor compared across workloads."
         given = replace(given, more=[note, *given.more])
     return given
+
+
+def rfs_is_on(run: AnalysedRun) -> bool:
+    """Tell whether RFS was on while a run was recorded: both of its tables have entries (host.json)."""
+    queues = ((run.host.get("ifaces") or {}).get(str(run.run.get("iface"))) or {}).get("queues") or []
+    entries = (run.host.get("settings") or {}).get("rps_sock_flow_entries") or 0
+    return int(entries) > 0 and any(queue.get("rps_flow_cnt") for queue in queues)
+
+
+def _rfs_words(groups: Mapping[str, Sequence[AnalysedRun]]) -> list[str]:
+    """Return how many packets RFS delivered where it is on, and how many are there without it."""
+    lines, without = [], ""
+    for label, runs in groups.items():
+        counts = [stats.steered(run.tree)["rfs_delivered"] for run in runs if run.can_explain]
+        there, known = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
+        if not known:
+            continue
+        share = f"{100 * there / known:.0f} %"
+        if any(map(rfs_is_on, runs)):
+            lines.append(
+                f"With {label} RFS delivered {share} of the packets to the CPU of their reader, where the socket was read last ({there:,} of {known:,} in the traced runs)"
+            )
+        elif not without:
+            without = f"; without RFS ({label}) {share} came there."
+    return [line + (without or ".") for line in lines]
 
 
 def _answer_pair(pair: Pair, metric: str | None) -> Answer:

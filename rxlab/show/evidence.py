@@ -19,7 +19,8 @@ from rxlab.show.trust import AnalysedRun
 
 # Figures per configuration are drawn for this many at most; tables show all.
 MAX_DRAWN = 6
-MAX_MAPS = 4
+# Heat maps, and combinations of settings with a run that one needs.
+MAX_MAPS, MIN_CELLS = 4, 3
 
 
 def overheads(groups: Mapping[str, Sequence[AnalysedRun]], metric: str | None) -> list[tuple[str, float]]:
@@ -141,6 +142,9 @@ def draw_sweep(
     others = [str(name) for name in layout.dims[2:-1]]
     for places in list(product(*(range(layout.sizes[name]) for name in others)))[:MAX_MAPS]:
         part = layout.isel(dict(zip(others, places, strict=True)))
+        # Two configurations that differ in two settings do not tell what either does.
+        if np.isfinite(part.values).any(axis=-1).sum() < MIN_CELLS:
+            continue
         held = ", ".join(f"{name}={part[name].values}" for name in others)
         question = "How do two settings go together?" + (f" At {held}" if held else "")
         yield _figure("verdict", question, caption, plots.plot_heatmap(part, title=""))

@@ -148,7 +148,10 @@ def best_of(command: list[str], runs: int, count: Callable[[bytes], int]) -> Res
         out, err = process.communicate()
         wall = time.perf_counter() - start
         if process.returncode != 0:
-            print(f"left out: {' '.join(command)[:60]!r}: {err.decode(errors='replace').strip().splitlines()[-1:]}")
+            (why,) = err.decode(errors="replace").strip().splitlines()[-1:] or [f"status {process.returncode}"]
+            if "No module named" in why:
+                why += f". Have it: {sys.executable} -m pip install --constraint constraints.txt --editable '.[bench]'"
+            print(f"left out: {why}")
             return None
         usage = _children_usage()
         result = Result(count(out), wall, usage[0], usage[1], err.decode(errors="replace").strip())

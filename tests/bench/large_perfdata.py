@@ -46,7 +46,7 @@ def go():
 rest = status("RssAnon")
 perf, sums, first = go()
 held = sum(array.nbytes for columns in perf.events.values() for array in columns.values())
-out = {"samples": perf.meta["samples"], "sums": sums, "first": first, "columns": held, "anon": status("RssAnon") - rest}
+out = {"samples": perf.meta["samples"], "duplicates": perf.meta["duplicates"], "sums": sums, "first": first, "columns": held, "anon": status("RssAnon") - rest}
 del perf
 out["again"] = []
 for _ in range(int(sys.argv[3])):
@@ -133,22 +133,39 @@ def read_limit(file: Path) -> float:
     return best
 
 
-def compare_sums(file: Path, sums: dict) -> list[str]:
-    """Return one line per field whose sum perf's text shows."""
-    script = ["perf", "script", "-F", "event,trace", "-i", str(file)]
-    child = subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+def compare_sums(file: Path, sums: dict, left_out: int) -> list[str]:
+    """Return one line per field whose sum perf's text shows, and one about samples that perf wrote twice.
+
+    rxlab leaves a sample out that repeats another to the last byte (`left_out` of them); perf prints it again. Its lines then
+    are equal, task, CPU and nanosecond included, and stand among those of one instant.
+    """
+    script = ["perf", "script", "-F", "tid,cpu,time,event,trace", "--ns", "-i", str(file)]
     patterns = {key: re.compile(pattern) for key, pattern in SUMMED.items() if key[0] in sums}
     by_event = {key[0]: (key, pattern) for key, pattern in patterns.items()}
-    totals = dict.fromkeys(patterns, 0)
-    for line in child.stdout or ():
-        entry = by_event.get(line.split(": ", 1)[0].strip())
-        if entry and (match := entry[1].search(line)):
-            totals[entry[0]] += int(match[1], 0)
-    child.wait()
-    return [
-        f"sum of {event} {name}: perf {value}, rxlab {sums[event][name]}: {'equal' if value == sums[event][name] else 'DIFFERENT'}"
-        for (event, name), value in totals.items()
-    ]
+    totals, again = dict.fromkeys(patterns, 0), dict.fromkeys(patterns, 0)
+    instant, seen, repeated = "", set(), 0
+    with subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as child:
+        for line in child.stdout or ():
+            head, _, rest = line.partition(": ")
+            now = head.rpartition(" ")[2]
+            if now != instant:
+                instant, seen = now, set()
+            is_again = line in seen
+            seen.add(line)
+            repeated += is_again
+            entry = by_event.get(rest.partition(": ")[0].strip())
+            if entry and (match := entry[1].search(line)):
+                (again if is_again else totals)[entry[0]] += int(match[1], 0)
+    lines = [f"duplicates left out: perf's text {repeated}, rxlab {left_out}: {_same(repeated, left_out)}"]
+    for (event, name), value in totals.items():
+        ours, twice = sums[event][name], again[event, name]
+        noted = f" (and {twice} in samples it wrote twice)" if twice else ""
+        lines.append(f"sum of {event} {name}: perf {value}{noted}, rxlab {ours}: {_same(value, ours)}")
+    return lines
+
+
+def _same(one: int, other: int) -> str:
+    return "equal" if one == other else "DIFFERENT"
 
 
 def first_call(file: Path) -> tuple[float, float]:
@@ -241,7 +258,7 @@ def print_table(file: Path, small: Path | None, options: argparse.Namespace) -> 
     )
     print(f"anonymous memory with chunks of 500,000 samples, the whole process: {chunked['anon'] / 1e6:.0f} MB")
     if not options.no_script:
-        print("\n".join(compare_sums(file, result["sums"])))
+        print("\n".join(compare_sums(file, result["sums"], result["duplicates"])))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rxlab.dataset.run import Run
-from rxlab.dataset.stats import usable
+from rxlab.dataset.stats import steered, usable
 from rxlab.host.journal import Transaction, apply
 from rxlab.host.settings import parse_settings
 from rxlab.record.capture import capture
@@ -109,6 +109,12 @@ def test_rfs_follows_the_reader_and_rps_alone_does_not(runs: dict[str, Run]) -> 
     followed = np.isfinite(moves["lag"].values)
     assert followed.mean() >= 0.9
     assert (moves["lag"].values[followed] >= 0).all()
+    # What sweeps and the report tell; the twelve flows came where the kernel's own hash says (above).
+    there, known = steered(runs["on"].tree)["rfs_delivered"]
+    assert known > 1000
+    assert there / known == delivered_share(runs["on"])
+    there, known = steered(runs["hash"].tree)["on_rps_target"]
+    assert there == known > 600
     shares = {name: delivered_share(run) for name, run in runs.items()}
     assert shares["on"] > 0.9
     assert 0.3 < shares["off"] < 0.7, "the hash points at one of two CPUs, the reader changes between them"
