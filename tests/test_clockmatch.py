@@ -169,6 +169,12 @@ def test_captures_of_different_traffic_are_refused() -> None:
         match_sequences(poisson(9, 20_000)[0], length, poisson(10, 20_000)[1], length)
 
 
+def test_captures_whose_lengths_agree_nowhere_are_refused_without_a_warning() -> None:
+    stamp, event = poisson(9, 2_000)
+    with pytest.raises(ClockError):
+        match_sequences(stamp, np.full(2_000, 100), event, np.full(2_000, 200))
+
+
 def test_a_handful_is_refused() -> None:
     few = np.arange(20) * 1_000
     with pytest.raises(ClockError, match="too few packets"):

@@ -189,10 +189,12 @@ def _find_shift(x: np.ndarray, x_len: np.ndarray, e: np.ndarray, e_len: np.ndarr
             finalists = np.sort(np.argpartition(rough, n - 1)[:n]).astype(np.int64)
             scores = _scores(gaps, x_len, event_gaps, e_len, place, size, finalists)
             first = int(np.argmin(scores))
+            if np.isinf(scores[first]):
+                continue
             others = np.delete(scores, first)
             # Never better than the resolution of a stamp: a ratio over 0 would mean nothing.
             ratio = float((others.min() if len(others) else np.inf) / max(float(scores[first]), 50.0))
-            if np.isfinite(scores[first]) and ratio > best[3]:
+            if ratio > best[3]:
                 best = (place, size, int(finalists[first]), ratio)
             if best[3] >= 4 * MIN_SCORE_RATIO:
                 return best

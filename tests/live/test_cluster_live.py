@@ -52,7 +52,7 @@ def end(process: subprocess.Popen[str]) -> None:
 
 @contextmanager
 def cluster(folder: Path, workers: int = 2) -> Iterator[tuple[str, list[subprocess.Popen[str]]]]:
-    """A scheduler and workers as README starts them, each a process of its own, on loopback."""
+    """A scheduler and workers as docs/cluster.md starts them, each a process of its own, on loopback."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     address = f"tcp://127.0.0.1:{port}"
