@@ -22,6 +22,7 @@ from rxlab.stages import STAGE_INDEX, STAGE_NAMES
 START = 5_000_000_000
 OFFSET = 1_790_000_000_123_456_789
 READER, OTHER, SPINNER = 4242, 999, 17
+BLIND, UNSEEN = 77, 55
 SOCKET = 0xFFFF888100000000
 MAC_LOCAL, MAC_PEER = 0x020000000002, 0x020000000001
 EAGAIN = -11
@@ -85,7 +86,8 @@ class Recipe:
     gro : int
         Segments of every TCP packet, merged by GRO before the tap.
     blind : tuples of (cpu, first ns, last ns)
-        Windows in which a CPU delivers nothing, times since the first packet may come.
+        Windows in which a CPU delivers nothing, times since the first packet may come: a blind task runs there, and no reader.
+        The switch to it is seen, the one away from it is not, so that the next one that is seen breaks the chain.
     lost_share, lost_burst : float
         Share of all events removed, and the mean number lost in a row on a CPU (1: each for itself).
     """
@@ -154,6 +156,7 @@ class _Packet:
     address: int = 0
     lives: dict[str, dict[str, Any]] = field(default_factory=dict)
     taken: int = 0
+    woken: int = -1  # the reader that came for it
     slept: int = 0
     is_swapped: bool = False
 
@@ -234,10 +237,13 @@ def _stack(log: _Log, told: Recipe, packets: list[_Packet]) -> None:
     free_at = [START, START]
     header = 52 if told.is_tcp else 28
     grown: dict[int, int] = defaultdict(int)
+    final: dict[int, int] = {}
     reached: dict[int, int] = {}
     waiting: dict[int, int] = {}
     for packet in packets:
-        grown[packet.head if packet.head >= 0 else packet.number] += packet.payload
+        head = packet.head if packet.head >= 0 else packet.number
+        grown[head] += packet.payload
+        final[head] = packet.number
     for packet in packets:
         # The sender's CPU: netif_rx, softirq; the stack there, or on the RPS target after an IPI.
         t, size, live = max(packet.arrival, free_at[0]), packet.payload + header, packet.lives
@@ -265,13 +271,16 @@ def _stack(log: _Log, told: Recipe, packets: list[_Packet]) -> None:
         live["netif_receive_skb"] = log.add("net:netif_receive_skb", rx, cpu, OTHER, **frame)
         packet.stamp = bracket if told.stamp == "bracket" else rx + 750
         end, sock = rx + 1500, SOCKET + 0x1000 * packet.socket
-        if told.is_tcp and packet.head < 0:
-            live["tcp_rcv"] = log.add(
-                "tcp:tcp_probe", rx + 2000, cpu, OTHER, skbaddr=packet.address, skaddr=sock, sport=80,
-                dport=5000 + packet.flow, data_len=grown[packet.number] % 65536, snd_una=1,
+        # Segments that wait in the backlog are merged there: the protocol sees their head once all of them are in it.
+        head = packets[packet.head] if packet.head >= 0 else packet
+        is_last = final[head.number] == packet.number
+        if told.is_tcp and is_last:
+            head.lives["tcp_rcv"] = log.add(
+                "tcp:tcp_probe", rx + 2000, cpu, OTHER, skbaddr=head.address, skaddr=sock, sport=80,
+                dport=5000 + packet.flow, data_len=grown[head.number] % 65536, snd_una=1,
             )  # fmt: skip
             end = rx + 2600
-        packet.ready = end + 400
+        packet.ready = head.ready = end + 400
         in_order = not told.swap_share or packet.seq == reached.get(packet.flow, packet.seq)
         if told.swap_share and packet.fate == "read":
             waiting[packet.seq] = (packet.seq + packet.payload) % 2**32
@@ -280,13 +289,8 @@ def _stack(log: _Log, told: Recipe, packets: list[_Packet]) -> None:
                 at = reached[packet.flow] = waiting.pop(at)
         if packet.fate == "dropped":
             log.add("skb:kfree_skb", end, cpu, OTHER, skbaddr=packet.address, reason=DROP_REASON)
-        elif (
-            packet.head < 0
-            and packet.fate != "duplicate"
-            and in_order
-            and (packet.fate != "ack" or grown[packet.number])
-        ):
-            live["data_ready"] = log.add(
+        elif is_last and packet.fate != "duplicate" and in_order and (packet.fate != "ack" or grown[packet.number]):
+            head.lives["data_ready"] = log.add(
                 "sock:sk_data_ready", packet.ready, cpu, OTHER, skaddr=sock, family=2, protocol=6 if told.is_tcp else 17
             )
         free_at[cpu] = max(free_at[cpu], packet.ready + 2500)
@@ -305,6 +309,9 @@ class _Readers:
         self.came: dict[int, dict[str, Any]] = {}
         self.slept: dict[int, dict[str, Any]] = {}
         self.calls = 0
+        self.blind: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        for cpu, first, last in told.blind:
+            self.blind[cpu].append((START + FIRST + first, START + FIRST + last))
         self.heap: list[tuple[int, int, int, int]] = []
         for task in self.asleep:
             self._switch(START, task, out=True)
@@ -397,14 +404,32 @@ class _Readers:
         target = {"field_pid": READER + task}
         waking = self.log.add("sched:sched_waking", wake, cpu, OTHER, **target)
         wakeup = self.log.add("sched:sched_wakeup", wake + 900, cpu, OTHER, **target)
-        if wake == head.ready + 700:
-            head.lives |= {"waking": waking, "wakeup": wakeup}
-        came = max(wake + 2_400, time + 800)
+        came = self._not_blind(max(wake + 2_400, time + 800), 0, task)
         self._switch(came, task, out=False)
+        if wake == head.ready + 700:
+            head.lives |= {"waking": waking, "wakeup": wakeup, "switch_in": self.came[task]}
+            head.woken = task
         self._push(came + 500, 1, task)
+
+    def _not_blind(self, time: int, length: int, task: int) -> int:
+        """Return when a reader can run on its CPU for some time: at the last instant of a blind window, if not now."""
+        for first, last in sorted(self.blind[1 + task]):
+            if first - length < time < last:
+                time = last - 1
+        return time
 
     def _work(self, now: int, task: int) -> None:
         """Make one receive call, or go to sleep."""
+        waiting = sum(len(queue) for queue in self.queues)
+        ran = None
+        free = self._not_blind(now, 70_000 + 700 * waiting, task)
+        if free > now:
+            # The blind task takes its CPU; the switch back is not seen. A datagram that was there is the reader's since it first ran.
+            ran = None if self.told.is_tcp else (now, self.came[task])
+            self._switch(now, task, out=True, state=0)
+            self.log.rows["sched:sched_switch"][-1]["next_pid"] = BLIND
+            self._switch(free, task, out=False)
+            now = free + 500
         mine = [s for s in range(self.n_sockets) if task in self._tasks(s) and self.queues[s]]
         if not mine:
             if not self.told.polling:
@@ -433,7 +458,9 @@ class _Readers:
                 row = self._copy(now, task, packet, size)
                 packet.lives.setdefault("copy", row)
             room, packet.taken = room - size, packet.taken + size
-            packet.lives.setdefault("switch_in", self.came[task])
+            if packet.woken != task:
+                packet.lives["switch_in"] = ran[1] if ran and packet.ready < ran[0] else self.came[task]
+            packet.woken = task
             packet.slept = packet.slept or self.slept[task]["time"]
             if packet.taken == packet.payload:
                 ends.append(self.queues[socket].popleft())
@@ -533,12 +560,36 @@ def _pcap(told: Recipe, packets: list[_Packet]) -> Columns:
     return columns
 
 
+def _switch_around(log: _Log, cpu: int, first: int, last: int) -> None:
+    """Add the switches around a blind window that are seen: to the blind task, and one by another whose coming nobody saw."""
+    seen = sorted((row["time"], row["next_pid"]) for row in log.rows["sched:sched_switch"] if row["cpu"] == cpu)
+
+    def current(time: int) -> int:
+        return next((task for at, task in reversed(seen) if at <= time), SPINNER)
+
+    ends = [(first - 1, current(first - 1), BLIND), (last, UNSEEN, current(last))]
+    # Where it took a reader's CPU, or gives one its CPU, those are the switches.
+    for time, prev_pid, next_pid in [end for end in ends if end[1] != BLIND and end[2] < READER]:
+        log.add(
+            "sched:sched_switch",
+            time,
+            cpu,
+            prev_pid,
+            prev_pid=prev_pid,
+            next_pid=next_pid,
+            next_comm=b"other",
+            prev_state=0,
+        )
+
+
 def _columns(log: _Log, rng: np.random.Generator, told: Recipe) -> tuple[dict[str, Columns], Columns]:
     """Order all events by (time, CPU), remove what the impairments hide, and lay them out as the reader would.
 
     Also returns the LOST records: the kernel writes one just after the stamp of the first sample that found room again, and
     counts what was lost at the very end nowhere but in the sum.
     """
+    for cpu, first, last in told.blind:
+        _switch_around(log, cpu, START + FIRST + first, START + FIRST + last)
     rows = [(row["time"], row["cpu"], name, row) for name, entries in log.rows.items() for row in entries]
     order = np.lexsort(([row[1] for row in rows], [row[0] for row in rows]))
     events: dict[str, list[dict[str, Any]]] = defaultdict(list)

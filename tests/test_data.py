@@ -44,11 +44,17 @@ def test_the_runs_that_notebooks_name_are_there() -> None:
 @pytest.mark.parametrize("name", [name for name in TRACED if (DATA / name / "app.log").is_file()])
 def test_join_agrees_with_the_log(name: str) -> None:
     result = open_run(DATA / name).verify()
-    assert result["verdict"] == "trusted", result["reasons"]
+    if name == "udp-clocks":
+        # Its reader's CPU stood still for 11 ms, and nobody saw the reader come back.
+        assert result["verdict"] == "degraded"
+        assert result["reasons"][0].startswith("flagged")
+        assert result["complete"] >= 0.985
+    else:
+        assert result["verdict"] == "trusted", result["reasons"]
+        assert result["complete"] >= 0.995
     assert result["misjoined"] == 0
     assert result["checked"] >= 0.995 * result["data_packets"]
     assert result["data_packets"] >= (64 if name.startswith("igb") else 398)
-    assert result["complete"] >= 0.995
     assert result["byte_sums_equal"]
     assert result["counters_agree"]["ok"]
     if name.startswith("udp"):

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from rxlab.follow.asof import AsOf, pick
-from rxlab.follow.consumption import sleeps
+from rxlab.follow.consumption import TASK_INTERRUPTIBLE, sleeps
 from rxlab.follow.handshake import COMPLETES, SYN
 from rxlab.follow.join import Followed, Known
 from rxlab.follow.kernelpath import KernelPath, event_columns, task_ids
@@ -146,7 +146,7 @@ def _masks(events: Mapping[str, Columns], followed: Followed, kept: Kept, cut: i
     old = {name: columns.take(np.flatnonzero(columns["rank"] < cut)) for name, columns in events.items() if columns.n}
     switch, waking, wakeup = (event_columns(old, f"sched:sched_{name}") for name in ("switch", "waking", "wakeup"))
     if switch.n:
-        asleep = sleeps(switch)
+        asleep = sleeps(switch, TASK_INTERRUPTIBLE)
         mask = (
             last_of_group(task_ids(switch, "next_pid"))
             | last_of_group(task_ids(switch, "prev_pid"))

@@ -129,8 +129,11 @@ def receive_events(events: Mapping[str, Columns], hidden: Hidden) -> tuple[Colum
     copies = copies.with_columns(call=call, doubtful=_doubtful_calls(events, copies, receives, call, hidden))
     if not receives.n:
         return copies, receives
-    # A peek copies what a later call copies again.
-    return copies.take((pick(receives["flags"].astype(np.int64), call, 0) & MSG_PEEK) == 0), receives
+    # A peek copies what a later call copies again. Where the return of a task's peek may be missing a copy may be one.
+    is_peek = (receives["flags"].astype(np.int64) & MSG_PEEK) > 0
+    calls_in_doubt = np.bincount(call[call >= 0], weights=copies["doubtful"][call >= 0], minlength=receives.n) > 0
+    may_peek = calls_in_doubt & np.isin(receives["tid"], np.unique(receives["tid"][is_peek]))
+    return copies.take(~pick(is_peek | may_peek, call, 0).astype(bool)), receives
 
 
 def _doubtful_calls(

@@ -25,14 +25,17 @@ def blind_tasks(events: Mapping[str, Columns], windows: np.ndarray) -> dict[str,
     return tasks
 
 
-def inside_windows(time: np.ndarray, windows: np.ndarray, before_ns: int, after_ns: int) -> np.ndarray:
-    """Tell for each instant whether it lies in one of the windows, widened by `before_ns` and `after_ns`."""
+def inside_windows(
+    time: np.ndarray, windows: np.ndarray, before_ns: int, after_ns: int, until: np.ndarray | None = None
+) -> np.ndarray:
+    """Tell for each instant whether it, or any up to `until`, lies in one of the windows, widened by `before_ns` and `after_ns`."""
     if not len(windows):
         return np.zeros(len(time), bool)
+    until = time if until is None else np.maximum(time, until)
     low, high = windows[:, -2] - before_ns, windows[:, -1] + after_ns
     order = np.argsort(low)
     low, high = low[order], np.maximum.accumulate(high[order])
-    at = np.searchsorted(low, time, side="right") - 1
+    at = np.searchsorted(low, until, side="right") - 1
     return (at >= 0) & (high[np.maximum(at, 0)] >= time) & (time != NAT)
 
 

@@ -17,16 +17,17 @@ from rxlab.errors import MissingEventError
 from rxlab.follow.asof import AsOf, pick
 from rxlab.follow.clockfit import NAT, ClockMap
 from rxlab.follow.consumption import Consumption, Segments, receive_events
+from rxlab.follow.feeding import Earlier, Fed
 from rxlab.follow.handshake import follow_handshakes, with_handshakes
 from rxlab.follow.hidden import Hidden, hidden_windows
 from rxlab.follow.kernelpath import KernelPath, event_columns, follow_kernel
 from rxlab.follow.match import Matched
 from rxlab.follow.older import as_on_newer_kernels
 from rxlab.follow.pairing import Pairs, StampPlace, pair_packets, tolerance_of
-from rxlab.follow.queues import Earlier, Fed, consume_datagrams
+from rxlab.follow.queues import consume_datagrams
 from rxlab.follow.readerfacts import reader_facts
 from rxlab.follow.received import Machine, received_packets
-from rxlab.follow.repeats import covered_segments
+from rxlab.follow.repeats import covered_segments, running_max
 from rxlab.follow.stagetable import StageTable
 from rxlab.follow.status import (
     TCP,
@@ -43,7 +44,7 @@ from rxlab.follow.status import (
 from rxlab.follow.streambounds import confirm_streams
 from rxlab.follow.streams import consume_streams
 from rxlab.follow.verdict import Tally, clock_told, give_verdict
-from rxlab.follow.wake import Since, Wake, attribute, first_wakes
+from rxlab.follow.wake import Consumed, Since, Wake, attribute, first_wakes
 from rxlab.read.columns import Columns
 from rxlab.stages import ORDER, PATH_KINDS, STAGE_INDEX
 
@@ -243,7 +244,7 @@ def refuse_without_packets(recorded: Set[str]) -> None:
 def follow_part(part: Part, clock: ClockMap, machine: Machine) -> Followed:
     """Follow the packets of a part of a recording and give each a status."""
     events, received, lossy, known = part.events, part.received, part.lossy, part.known
-    path = follow_kernel(events, machine.iface, machine.irqs, lossy)
+    path = follow_kernel(events, machine.iface, machine.irqs, lossy, part.hidden)
     if known is not None:
         path = known.path.continued(path, events)
     stamp = clock.to_monotonic(received["time"])
@@ -252,7 +253,7 @@ def follow_part(part: Part, clock: ClockMap, machine: Machine) -> Followed:
     skb = pairs.matched.event
     # Where events are missing, a pair that is not certain must not lend its skb's evidence to the packet.
     certain = np.where(pairs.matched.ambiguous & lossy.any, -1, skb)
-    arrival = np.where(certain >= 0, pick(path.time[:, _RX], certain, NAT), stamp - tolerance_of(clock))
+    arrival = _arrivals(path, certain, received["directed_flow"], stamp - tolerance_of(clock))
     is_tcp, is_udp = received["proto"] == TCP, received["proto"] == UDP
     payload = np.maximum(received["payload_len"].astype(np.int64), 0)
     reason, reasons = drop_reasons(events, path, skb, is_udp)
@@ -272,7 +273,7 @@ def follow_part(part: Part, clock: ClockMap, machine: Machine) -> Followed:
     rows = path.take(skb)
     if clock.method == "cross_stamps":
         rows.time[:, STAGE_INDEX["nic"]] = np.where(skb >= 0, stamp, NAT)
-    tid, wake = _join_reader(rows, events, path, skb, taken, lossy)
+    tid, wake = _join_reader(rows, events, path, skb, taken, is_udp, lossy)
     setups = follow_handshakes(rows, received, tid, events, part.hidden)
     columns = _columns(received, path, skb, setups["tid"], wake, rows, events)
     columns = columns.with_columns(
@@ -293,6 +294,20 @@ def follow_part(part: Part, clock: ClockMap, machine: Machine) -> Followed:
     required = required_stages(columns, evidence, merged, late)
     columns = _judge(rows, columns, required, evidence)
     return Followed(rows, columns, required, evidence, pairs, merged, late)
+
+
+def _arrivals(path: KernelPath, skb: np.ndarray, flow: np.ndarray, earliest: np.ndarray) -> np.ndarray:
+    """Return since when each packet (in capture order) may have been read, dims (packet,), nanoseconds of CLOCK_MONOTONIC.
+
+    That is when its skb entered the stack. Where that is not known: not before its stamp, which may have been taken long before that
+    on another CPU, and not before the packets of its flow that came in before it (get_rps_cpu moves a flow to another CPU only once its
+    queue on the last one was processed).
+    """
+    entered = pick(path.time[:, _RX], skb, NAT)
+    order = np.argsort(flow, kind="stable")
+    behind = np.empty(len(skb), np.int64)
+    behind[order] = running_max(entered[order], flow[order])
+    return np.where((skb >= 0) | (flow < 0), np.where(skb >= 0, entered, earliest), np.maximum(earliest, behind))
 
 
 def consume(
@@ -322,6 +337,7 @@ def _join_reader(
     path: KernelPath,
     skb: np.ndarray,
     taken: Consumption,
+    is_udp: np.ndarray,
     lossy: Hidden,
 ) -> tuple[np.ndarray, Wake]:
     """Fill the stages from the wake-up to the return of the receive call."""
@@ -345,7 +361,9 @@ def _join_reader(
     every = np.arange(len(tid))
     limit = np.where((rows.rank[:, ready] >= 0) & (skb >= 0), pick(path.columns["wake_limit"], skb, 0), 0)
     since = Since(rows.time[every, last], rows.rank[every, last], rows.cpu[every, last].astype(np.int64), limit)
-    wake = attribute(events, tid, since, consumed, consumed_at, lossy)
+    # The call that returned a segment's last byte need not be the one that took its first.
+    reader = np.where((copy_rank >= 0) | is_udp, tid, -1)
+    wake = attribute(events, since, Consumed(reader, consumed, consumed_at, copy_rank >= 0), lossy)
     for stage, row in (("waking", wake.waking), ("wakeup", wake.wakeup), ("switch_in", wake.switch_in)):
         name = "switch" if stage == "switch_in" else stage
         rows.set_stage(stage, event_columns(events, f"sched:sched_{name}"), row)

@@ -119,6 +119,7 @@ def follow_kernel(
     events: Mapping[str, Columns],
     iface: str,
     irqs: Mapping[int, int] | None = None,
+    lossy: Hidden = NOTHING_HIDDEN,
     hidden: Hidden = NOTHING_HIDDEN,
 ) -> KernelPath:
     """Follow every skb that entered the stack on an interface up to ``sk_data_ready``.
@@ -131,8 +132,10 @@ def follow_kernel(
         Device name. It is not unique across network namespaces; the match with the pcap tells the rest apart.
     irqs : mapping of int to int, optional
         Interrupt number of each receive queue; empty for devices without (veth, lo).
+    lossy : Hidden
+        Where events were lost: links that reach across are not made.
     hidden : Hidden
-        Where events may be missing: links that reach across are not made.
+        Lost or blind: nor are those of packets that RPS moved, which may be processed long after the softirq that moved them.
     """
     receive = on_device(event_columns(events, "net:netif_receive_skb"), iface)
     n = receive.n
@@ -145,11 +148,11 @@ def follow_kernel(
         return path
     path.columns = path.columns.with_columns(
         end_rank=_end_of_life(receive["rank"], facts["skbaddr"], events),
-        **_link_driver(path, receive, events, iface, hidden),
+        **_link_driver(path, receive, events, iface, lossy),
     )
-    _link_softirq(path, events, irqs or {}, hidden)
+    _link_softirq(path, events, irqs or {}, lossy, hidden)
     _link_rps(path, events, hidden)
-    _link_socket(path, events, hidden)
+    _link_socket(path, events, lossy)
     return path
 
 
@@ -247,7 +250,9 @@ def _link_driver(
     }
 
 
-def _link_softirq(path: KernelPath, events: Mapping[str, Columns], irqs: Mapping[int, int], hidden: Hidden) -> None:
+def _link_softirq(
+    path: KernelPath, events: Mapping[str, Columns], irqs: Mapping[int, int], lossy: Hidden, hidden: Hidden
+) -> None:
     """Link hard IRQ, NET_RX raise and softirq entry on the CPU where the packet entered the host."""
     entries, raises = (_net_rx(event_columns(events, name)) for name in ("irq:softirq_entry", "irq:softirq_raise"))
     rx, drv = STAGE_INDEX["netif_receive_skb"], STAGE_INDEX["driver_rx"]
@@ -265,7 +270,9 @@ def _link_softirq(path: KernelPath, events: Mapping[str, Columns], irqs: Mapping
     row = np.where(has_driver | (not any(event_columns(events, name).n for name in BIRTHS[1:4])), row, -1)
     entered = pick(entries["time"], row, NAT)
     start = path.time[:, drv]
-    row = np.where(hidden.touch(np.minimum(entered, start), np.maximum(entered, start), cpu), -1, row)
+    between = np.minimum(entered, start), np.maximum(entered, start)
+    is_moved = path.columns["rps_cpu"] >= 0
+    row = np.where(lossy.touch(*between, cpu) | (is_moved & hidden.touch(*between, cpu)), -1, row)
     previous = index.last_before(index.rank_of(row, -1), cpu)
     path.set_stage("softirq", entries, row)
     raised = AsOf(raises["rank"], raises["cpu"])
@@ -274,7 +281,7 @@ def _link_softirq(path: KernelPath, events: Mapping[str, Columns], irqs: Mapping
     first = raised.first_after(np.where(previous >= 0, index.rank_of(previous, -1), 0), cpu, inclusive=True)
     first_rank = raised.rank_of(first, _NEVER)
     usable = (row >= 0) & (first_rank < index.rank_of(row, -1)) & (~is_backlog | (first_rank > path.rank[:, drv]))
-    usable &= ~hidden.touch(pick(entries["time"], previous, NAT), entered, cpu)
+    usable &= ~lossy.touch(pick(entries["time"], previous, NAT), entered, cpu)
     first = np.where(usable, first, -1)
     path.set_stage("softirq_raise", raises, first)
     handlers = event_columns(events, "irq:irq_handler_entry")
@@ -284,7 +291,7 @@ def _link_softirq(path: KernelPath, events: Mapping[str, Columns], irqs: Mapping
     since, until = index.rank_of(previous, 0), index.rank_of(row, -1)
     hard = _handler_of(handlers, path.columns["rx_queue"], irqs, cpu, since, np.minimum(until, first_rank))
     hard = np.where(pick(handlers["rank"], hard, _NEVER) < until, hard, -1)
-    hard = np.where(hidden.touch(pick(handlers["time"], hard, NAT), entered, cpu), -1, hard)
+    hard = np.where(lossy.touch(pick(handlers["time"], hard, NAT), entered, cpu), -1, hard)
     path.set_stage("hardirq", handlers, hard)
     # Another queue's interrupt may have raised the softirq already; this packet's NAPI was scheduled by its own.
     own = raised.first_after(pick(handlers["rank"], hard, -1), cpu)

@@ -7,6 +7,8 @@ never the nearest in time, which slips by whole packets after a stall, and never
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +23,10 @@ TOLERANCE_NS = 300
 TAP_SPAN_NS = 5_000
 # A software stamp may precede its event by a CPU stall or a full backlog.
 STALL_NS = 100_000_000
+# Odds against all events meeting a packet by chance (natural logarithm) from which on that they do means something.
+MIN_ODDS = 5.0
+# Below this fraction by chance, or of so few events, there is nothing to doubt.
+MAX_CHANCE, MIN_EVENTS = 0.5, 50
 # Packets looked at on either side of an event: bounds time and memory where the windows are wide.
 MAX_CANDIDATES = 256
 
@@ -56,7 +62,7 @@ def classify_stamp(
 
     Decided by the fraction of events with a stamp of the same length inside their window, which lost events leave as it is, or the
     fraction of packets in the window of such an event, which a capture of some of the packets (a filter, one flow in N) leaves
-    as it is; the larger. Only events inside the capture's time count: a capture that was cut says nothing about the rest.
+    as it is; the larger, less what chance makes of it. Only events inside the capture's time count: a capture that was cut says nothing about the rest.
 
     Parameters
     ----------
@@ -69,21 +75,25 @@ def classify_stamp(
     -------
     position : {"bracket", "tap", "nic", "unknown"}
     evidence : dict
-        The two fractions, and the number of events looked at.
+        The two fractions, the number of events looked at, and the larger fraction by ``chance``: that of stamps displaced by half
+        the capture.
     """
+    n_events = float(max(len(driver_time), len(receive_time)))
     if not len(receive_time) or not len(packet_time):
-        return "unknown", {"bracket": 0.0, "tap": 0.0, "events": float(max(len(driver_time), len(receive_time)))}
+        return "unknown", {"bracket": 0.0, "tap": 0.0, "events": n_events, "chance": 0.0}
     every = max(1, len(packet_time) // sample)
-    origin = packet_time.min() - STALL_NS
-    by_length = AsOf(packet_time - origin, packet_len)
+    earliest, length_of_capture = packet_time.min(), packet_time.max() - packet_time.min() + 1
+    displaced = earliest + (packet_time - earliest + length_of_capture // 2) % length_of_capture
+    origin = earliest - STALL_NS
 
-    def fraction(time: np.ndarray, length: np.ndarray, span: np.ndarray) -> float:
+    def fraction(packet_time: np.ndarray, time: np.ndarray, length: np.ndarray, span: np.ndarray) -> float:
         during = (time >= packet_time.min() - STALL_NS) & (time <= packet_time.max())
         time, length, span = time[during], length[during], span[during]
         if not len(time):
             return 0.0
         step = max(1, len(time) // sample)
         # An event has a packet of its length within [time, time + span]; a packet, the last event of its length before it.
+        by_length = AsOf(packet_time - origin, packet_len)
         stamped = by_length.first_after(time[::step] - origin, length[::step], inclusive=True)
         events = pick(packet_time, stamped, np.iinfo(np.int64).max) <= time[::step] + span[::step]
         stamps = packet_time[::every]
@@ -91,12 +101,30 @@ def classify_stamp(
         packets = (last >= 0) & (stamps <= pick(time + span, last, 0))
         return float(max(events.mean(), packets.mean()))
 
-    bracket = fraction(driver_time, driver_len, driver_span)
-    tap = fraction(receive_time, receive_len, np.full(len(receive_time), TAP_SPAN_NS))
-    evidence = {"bracket": bracket, "tap": tap, "events": float(max(len(driver_time), len(receive_time)))}
-    if max(bracket, tap) < 0.5:
-        return "nic", evidence
-    return ("bracket" if bracket > tap else "tap"), evidence
+    by_driver = (driver_time, driver_len, driver_span)
+    by_stack = (receive_time, receive_len, np.full(len(receive_time), TAP_SPAN_NS))
+    found = {"bracket": fraction(packet_time, *by_driver), "tap": fraction(packet_time, *by_stack)}
+    # One packet displaced is where it was.
+    chance = (
+        {"bracket": fraction(displaced, *by_driver), "tap": fraction(displaced, *by_stack)}
+        if len(packet_time) > 1
+        else dict.fromkeys(found, 0.0)
+    )
+    position = max(("tap", "bracket"), key=lambda place: (found[place] >= 0.5, found[place] - chance[place]))
+    evidence = {**found, "events": n_events, "chance": chance[position]}
+    return (position if found[position] >= 0.5 else "nic"), evidence
+
+
+def is_place_sure(position: str, evidence: Mapping[str, float]) -> bool:
+    """Tell whether packets and events that met where :func:`classify_stamp` says did not do so by chance.
+
+    Of packets so many and so alike that any instant has one nearby, every place looks right.
+    """
+    if position not in evidence or evidence["chance"] < MAX_CHANCE or evidence["events"] < MIN_EVENTS:
+        return True
+    found = evidence[position]
+    is_rare = -evidence["events"] * math.log(max(evidence["chance"], 1e-9)) >= MIN_ODDS
+    return is_rare and 1 - found <= (1 - evidence["chance"]) / 4
 
 
 def match_packets(

@@ -10,7 +10,7 @@ from rxlab.follow.asof import AsOf, pick
 from rxlab.follow.clockfit import NAT, ClockMap
 from rxlab.follow.hidden import Hidden
 from rxlab.follow.kernelpath import KernelPath
-from rxlab.follow.match import STALL_NS, TOLERANCE_NS, Matched, classify_stamp, match_by_flow
+from rxlab.follow.match import STALL_NS, TOLERANCE_NS, Matched, classify_stamp, is_place_sure, match_by_flow
 from rxlab.read.columns import Columns
 from rxlab.stages import PATH_KINDS, STAGE_INDEX
 
@@ -26,10 +26,11 @@ def tolerance_of(clock: ClockMap) -> int:
 
 @dataclass(frozen=True)
 class StampPlace:
-    """Where a capture's stamps were taken (:func:`rxlab.follow.match.classify_stamp`), and whether its driver is seen."""
+    """Where a capture's stamps were taken (:func:`rxlab.follow.match.classify_stamp`), whether that is sure and its driver seen."""
 
     position: str
     evidence: dict[str, float]
+    is_sure: bool
     has_driver: bool
 
 
@@ -88,7 +89,7 @@ def pair_packets(
         position, evidence = classify_stamp(stamp, length, *driver, rx_time, skb_len)
         # The readings say whose stamp it is: however soon the kernel follows, it is the NIC's.
         position = "nic" if clock.method == "cross_stamps" else position
-        place = StampPlace(position, evidence, sees_driver)
+        place = StampPlace(position, evidence, is_place_sure(position, evidence), sees_driver)
     low, high, expected = _stamp_windows(path, place.position, tolerance_of(clock), lossy)
     # Two queues' polls overlap: what one driver got first it may hand up last. Each such window ends where its skb goes on.
     overtaking = has_driver if place.position == "bracket" else np.zeros(len(has_driver), bool)
@@ -103,7 +104,7 @@ def pair_packets(
         received["directed_flow"][packets], columns["hash"][skbs], may_miss=lossy.any,
     )  # fmt: skip
     event[packets] = pick(skbs, found.event, -1)
-    ambiguous[packets] = found.ambiguous
+    ambiguous[packets] = found.ambiguous | (not place.is_sure)
     residual = np.full(received.n, NAT, np.int64)
     fresh = packets[event[packets] >= 0]
     residual[fresh] = stamp[fresh] - expected[event[fresh]]

@@ -7,15 +7,15 @@ Copies of linear UDP skbs have no event, so datagrams are told by their place in
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 
 from rxlab.follow.asof import AsOf, pick, places
 from rxlab.follow.bounds import NOWHERE, Calls, close_in
 from rxlab.follow.clockfit import NAT
-from rxlab.follow.consumption import MSG_PEEK, Consumption, Segments, sleeps
+from rxlab.follow.consumption import MSG_PEEK, TASK_INTERRUPTIBLE, Consumption, Segments, sleeps
+from rxlab.follow.feeding import Earlier, queued_datagrams
 from rxlab.follow.hidden import Hidden
 from rxlab.follow.kernelpath import KernelPath, event_columns, task_ids
 from rxlab.follow.wake import first_wakes
@@ -25,12 +25,8 @@ from rxlab.stages import STAGE_INDEX
 EAGAIN = -11  # include/uapi/asm-generic/errno-base.h
 # Datagrams without data_ready that tell a kernel which leaves it out from one whose event was not delivered.
 MIN_BEHIND = 5
-# How long after netif_receive_skb a datagram is queued, at most, when nothing interrupts it.
-QUEUE_NS = 50_000
 # How far apart two CPUs must have received two datagrams for their order in the queue to be known, without data_ready.
 RACE_NS = 10_000
-# A socket that took less than one in this many of a flow's datagrams took none.
-FOREIGN_SHARE = 20
 # Of sockets with more readers it is not looked at whether all of them sleep.
 MAX_READERS = 64
 # A socket that nobody read for this long before its first datagram had nothing to read.
@@ -78,80 +74,6 @@ class Queue:
 
 
 @dataclass(frozen=True)
-class Fed:
-    """What earlier parts of a recording told of the queues.
-
-    Attributes
-    ----------
-    flow, socket, count : integer arrays, dims (pair,)
-        Datagrams of each flow that data_ready said to be in each socket.
-    behind : int
-        Datagrams that were surely queued and had no data_ready.
-    largest : int
-        Most bytes that a call on a UDP socket returned.
-    left : uint64 array, dims (socket,)
-        Sockets of which some datagrams are no more at hand; of the others all are, and all calls since the first of them.
-    """
-
-    flow: np.ndarray
-    socket: np.ndarray
-    count: np.ndarray
-    behind: int = 0
-    largest: int = 0
-    left: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
-
-    @classmethod
-    def nothing(cls) -> Fed:
-        """Return what is known before a recording begins."""
-        return cls(np.empty(0, np.int64), np.empty(0, np.uint64), np.empty(0, np.int64))
-
-    def sockets_of(self, n_flows: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the lowest and the highest socket that each flow feeds: equal where it is one."""
-        low, high = np.full(n_flows, np.iinfo(np.uint64).max, np.uint64), np.zeros(n_flows, np.uint64)
-        np.minimum.at(low, self.flow, self.socket)
-        np.maximum.at(high, self.flow, self.socket)
-        return low, high
-
-    def with_datagrams(self, flow: np.ndarray, socket: np.ndarray) -> Fed:
-        """Return the counts with some datagrams more."""
-        flow, socket = np.concatenate((self.flow, flow)), np.concatenate((self.socket, socket))
-        count = np.concatenate((self.count, np.ones(len(flow) - len(self.count), np.int64)))
-        order = np.lexsort((socket, flow))
-        flow, socket, count = flow[order], socket[order], count[order]
-        heads = (
-            np.flatnonzero(np.concatenate(([True], (flow[1:] != flow[:-1]) | (socket[1:] != socket[:-1]))))
-            if len(flow)
-            else order
-        )
-        total = np.add.reduceat(count, heads) if len(flow) else count
-        return replace(self, flow=flow[heads], socket=socket[heads], count=total)
-
-    def without_foreign(self) -> Fed:
-        """Leave out sockets that took so few of a flow's datagrams that they took none."""
-        total = np.bincount(self.flow, weights=self.count)
-        own = self.count * FOREIGN_SHARE >= total[self.flow]
-        return replace(self, flow=self.flow[own], socket=self.socket[own], count=self.count[own])
-
-
-@dataclass(frozen=True)
-class Earlier:
-    """What is known of the recording before the part that is looked at.
-
-    Attributes
-    ----------
-    fed : Fed
-    time : int, nanoseconds of CLOCK_MONOTONIC
-        When the recording began.
-    rank : int
-        From this rank on all events are at hand.
-    """
-
-    fed: Fed
-    time: int
-    rank: int = -1
-
-
-@dataclass(frozen=True)
 class Begun:
     """When the recording began, and when tasks went to sleep and came back, by task.
 
@@ -159,7 +81,7 @@ class Begun:
     ----------
     earlier : Earlier
     sleeps, returns : AsOf
-        Switches away into sleep: a later call of the task began after them; and switches to a task.
+        Switches away into sleep that a signal may end: what the task returns later it took later; and switches to a task.
     calls : AsOf
         Returns of receive calls.
     wakings : AsOf
@@ -180,7 +102,9 @@ class Begun:
     def of(cls, earlier: Earlier, events: Mapping[str, Columns], receives: Columns) -> Begun:
         """Return what the switches and the receive calls of a recording tell."""
         switch, waking = (event_columns(events, f"sched:sched_{name}") for name in ("switch", "waking"))
-        asleep = switch.take(sleeps(switch)) if "prev_state" in switch else switch.take(np.zeros(switch.n, bool))
+        # Uninterruptible is a wait for memory or a lock, which a reader may come to with a datagram in hand.
+        told = "prev_state" in switch
+        asleep = switch.take(sleeps(switch, TASK_INTERRUPTIBLE) if told else np.zeros(switch.n, bool))
         return cls(
             earlier,
             AsOf(asleep["rank"], task_ids(asleep, "prev_pid")),
@@ -206,7 +130,7 @@ def consume_datagrams(
     Where a task is blind its softirqs are not seen, so datagrams may be missing (`hidden`); the calls of a reader that is
     not blind itself are all there, except where events were lost (`lossy`).
     """
-    packets, ready_rank, socket, sure = _queued(result, events, path, segments, hidden, earlier.fed)
+    packets, ready_rank, socket, sure = queued_datagrams(result, events, path, segments, hidden, earlier.fed)
     order = np.argsort(socket, kind="stable")
     packets, ready_rank, socket, sure = packets[order], ready_rank[order], socket[order], sure[order]
     result.socket[packets] = socket
@@ -238,57 +162,6 @@ def consume_datagrams(
         )
         _consume_queue(result, queue, taking[first:stop], begun, lossy)
     _doubt_crossed(result, path, segments, packets, socket)
-
-
-def _queued(
-    result: Consumption,
-    events: Mapping[str, Columns],
-    path: KernelPath,
-    segments: Segments,
-    hidden: Hidden,
-    fed: Fed,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return the packets that were, or may have been, queued: row, rank of data_ready (-1: not seen), socket, whether it surely was.
-
-    Sorted by arrival, which is queue order on one socket except where CPUs race. Since Linux 6.10 data_ready is only called
-    where the queue was empty (__udp_enqueue_schedule_skb, "becomes_readable"): a datagram without it was dropped, where the
-    kernel says so, or waits behind another. One that was captured and of which perf delivered nothing may be either.
-    """
-    skb = segments.skb
-    packets = np.flatnonzero(segments.is_udp & (segments.flow >= 0))
-    flow = segments.flow[packets].astype(np.int64)
-    linked = pick(path.rank[:, _READY], skb[packets], -1) >= 0
-    is_fed = linked & ~segments.is_freed[packets]
-    result.fed[packets] = np.where(is_fed, pick(path.columns["socket"], skb[packets], 0), 0)
-    new = packets[is_fed & ~segments.is_counted[packets]]
-    fed = fed.with_datagrams(segments.flow[new].astype(np.int64), result.fed[new]).without_foreign()
-    _forget_foreign(result, path, segments, packets[linked], fed)
-    ready_rank = pick(path.rank[:, _READY], skb[packets], -1)
-    seen = ready_rank >= 0
-    socket = np.where(seen, pick(path.columns["socket"], skb[packets], 0), 0).astype(np.uint64)
-    # Earlier flows may have no datagram here, and new ones have fed nothing yet.
-    low, high = fed.sockets_of(int(max(flow.max(initial=-1), fed.flow.max(initial=-1))) + 1)
-    low, high = low[flow], high[flow]
-    place = ~seen & ~segments.is_freed[packets] & (low == high)
-    received = pick(path.time[:, _RX], skb[packets], NAT)
-    told = (received != NAT) & ~hidden.touch(received, received + QUEUE_NS, pick(path.cpu[:, _RX], skb[packets], -1))
-    # Without the events that tell of drops, a datagram that was not made ready may be one.
-    sure = seen | (told if "skb:kfree_skb" in events else np.zeros(len(packets), bool))
-    socket = np.where(place, high, socket)
-    keep = np.flatnonzero(seen | place)
-    keep = keep[np.argsort(segments.arrival[packets[keep]], kind="stable")]
-    return packets[keep], ready_rank[keep], socket[keep], sure[keep]
-
-
-def _forget_foreign(result: Consumption, path: KernelPath, segments: Segments, linked: np.ndarray, fed: Fed) -> None:
-    """Forget data_ready of datagrams that were dropped, or whose flow feeds another socket: the event was another packet's."""
-    pairs = pd.MultiIndex.from_arrays([fed.flow, fed.socket])
-    own = (
-        pairs.get_indexer(pd.MultiIndex.from_arrays([segments.flow[linked].astype(np.int64), result.fed[linked]])) >= 0
-    )
-    rows = segments.skb[linked[~own | segments.is_freed[linked]]]
-    path.unset("data_ready", rows)
-    path.columns["socket"][rows] = 0
 
 
 def _consume_queue(result: Consumption, queue: Queue, calls: np.ndarray, begun: Begun, lossy: Hidden) -> None:
@@ -450,7 +323,18 @@ def _overtaken_in_call(
     several = np.flatnonzero(high - low > itself)
     np.add.at(doubt, at[low[several]], 1)
     np.add.at(doubt, at[high[several] - 1] + 1, -1)
-    return np.cumsum(doubt)[:-1] > 0
+    beside = at[_beside_unplaced(since, rank, place < 0)[placed]]
+    return (np.cumsum(doubt)[:-1] > 0) | np.isin(np.arange(len(doubt) - 1), beside)
+
+
+def _beside_unplaced(since: np.ndarray, rank: np.ndarray, is_unplaced: np.ndarray) -> np.ndarray:
+    """Tell which calls were under way together with one of which it is not known what it took: either may have what is the other's."""
+    ended, begun = np.sort(rank[is_unplaced]), np.sort(since[is_unplaced])
+    count = np.searchsorted
+    within = count(ended, rank, side="left") > count(ended, since, side="right")
+    around = count(begun, rank, side="left") > count(ended, rank, side="right")
+    together: np.ndarray = within | around
+    return together
 
 
 def _begun_since(

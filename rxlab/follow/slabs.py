@@ -15,6 +15,7 @@ import numpy as np
 from rxlab.follow.carry import Kept, carried_events, carried_packets, keep_packets, last_of_group, open_packets
 from rxlab.follow.clockfit import NAT, ClockMap
 from rxlab.follow.consumption import MSG_PEEK
+from rxlab.follow.feeding import Earlier, Fed
 from rxlab.follow.handshake import COMPLETES, accept_returns, accept_times
 from rxlab.follow.hidden import blind_windows, combine_windows
 from rxlab.follow.join import Followed, Joined, Known, Part, comm_of, follow_part, refuse_without_packets
@@ -23,7 +24,6 @@ from rxlab.follow.match import STALL_NS
 from rxlab.follow.older import RECEIVE as CALLS
 from rxlab.follow.older import as_on_newer_kernels
 from rxlab.follow.pairing import StampPlace
-from rxlab.follow.queues import Earlier, Fed
 from rxlab.follow.received import Machine
 from rxlab.follow.repeats import last_pieces
 from rxlab.follow.rowtable import RowTable

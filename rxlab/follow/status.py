@@ -233,7 +233,8 @@ def give_statuses(
     status[is_data & ~has_reader & (reason > 0)] = code["dropped"]
     status[is_data & duplicate] = code["duplicate"]
     stamp = evidence.stamp
-    blind = gates.inside_windows(stamp, evidence.blind, BLIND_BEFORE_NS, BLIND_AFTER_NS)
+    end = rows.time[:, STAGE_INDEX["recvmsg"]]
+    blind = gates.inside_windows(stamp, evidence.blind, BLIND_BEFORE_NS, BLIND_AFTER_NS, end)
     lost = _inside_loss(rows, stamp, evidence.lossy)
     status[overtaken & ~duplicate] = code["blind"]
     unfinished = (missing | overtaken) & ~has_status(status, ("dropped", "duplicate"))

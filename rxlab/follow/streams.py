@@ -74,11 +74,14 @@ def _consume_stream(
     # only if its own skb was copied whole: its position needs no neighbour.
     continues = np.concatenate(([True], start[1:] == start[:-1] + length[:-1]))
     continued = np.concatenate((continues[1:], [True]))
-    overlaps = np.concatenate(([False], start[1:] < start[:-1] + length[:-1]))
-    overlaps[:-1] |= overlaps[1:].copy()
-    disagree = overlaps | ~(copies.whole | (continues & continued))
     order = np.lexsort((rows, start))
     begin, end = start[order], start[order] + length[order]
+    # No byte is copied twice: the address of one of the two was another skb's by then, whose birth nobody saw.
+    twice = np.zeros(len(order), bool)
+    twice[1:] = begin[1:] < np.maximum.accumulate(end)[:-1]
+    twice[:-1] |= end[:-1] > begin[1:]
+    disagree = ~(copies.whole | (continues & continued))
+    disagree[order] |= twice
     copy_rank = result.copies["rank"][rows][order]
     first_byte, last_byte = segments.position[packets], segments.position[packets] + segments.length[packets] - 1
     at = np.searchsorted(begin, first_byte, side="right") - 1

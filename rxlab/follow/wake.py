@@ -9,6 +9,7 @@ import numpy as np
 
 from rxlab.follow.asof import AsOf, pick
 from rxlab.follow.clockfit import NAT
+from rxlab.follow.consumption import TASK_INTERRUPTIBLE, sleeps
 from rxlab.follow.hidden import Hidden
 from rxlab.follow.kernelpath import KernelPath, event_columns, task_ids
 from rxlab.read.columns import Columns
@@ -69,29 +70,88 @@ class Since:
     limit: np.ndarray
 
 
-def attribute(
-    events: Mapping[str, Columns],
-    tid: np.ndarray,
-    ready: Since,
-    consumed_rank: np.ndarray,
-    consumed_time: np.ndarray,
-    lossy: Hidden,
-) -> Wake:
+@dataclass(frozen=True)
+class Consumed:
+    """When each packet was read: its first copy, or the receive call's return where no copy was seen; dims (packet,).
+
+    Attributes
+    ----------
+    tid : int64 array
+        The task that read it, -1 where none.
+    rank, time : int64 arrays
+    is_copy : bool array
+    """
+
+    tid: np.ndarray
+    rank: np.ndarray
+    time: np.ndarray
+    is_copy: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Switches:
+    """The switches of each task: rows of the event, those to it and those away from it."""
+
+    events: Columns
+    into: AsOf
+    away: AsOf
+
+    @classmethod
+    def of(cls, switch: Columns) -> _Switches:
+        return cls(
+            switch,
+            AsOf(switch["rank"], task_ids(switch, "next_pid")),
+            AsOf(switch["rank"], task_ids(switch, "prev_pid")),
+        )
+
+
+def _arrivals(
+    events: Mapping[str, Columns], switches: _Switches, ready: Since, read: Consumed, lossy: Hidden
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the switch by which each reader came to its packet (row of the event, -1: none seen), and whether that is known.
+
+    The last one before the copy. Of a call that shows its return only it is not seen when it took the datagram, and a task may be
+    preempted, or wait for memory or a lock, with that in hand. It had not taken it when its call before returned, nor when it
+    last fell asleep for what a signal may end (the wait for data is such a sleep): the first time it ran since then, with the datagram there.
+    """
+    into, away, time = switches.into, switches.away, switches.events["time"]
+    known = (read.tid >= 0) & (read.rank >= 0)
+    arrived = into.last_before(np.where(known, read.rank, -1), read.tid)
+    # A reader that left after that had come back unseen.
+    known &= ~read.is_copy | (away.rank_of(away.last_before(read.rank, read.tid), -1) <= into.rank_of(arrived, -1))
+    rows = np.flatnonzero(known & ~read.is_copy)
+    tid, rank = read.tid[rows], read.rank[rows]
+    receive, switch = event_columns(events, "sock:sock_recv_length"), switches.events
+    asleep = switch.take(sleeps(switch, TASK_INTERRUPTIBLE))
+    begun = ready.rank[rows]
+    for index in (AsOf(receive["rank"], receive["tid"]), AsOf(asleep["rank"], task_ids(asleep, "prev_pid"))):
+        begun = np.maximum(begun, index.rank_of(index.last_before(rank, tid), -1))
+    came, left = into.last_before(begun, tid), away.last_before(begun, tid, inclusive=True)
+    is_away = away.rank_of(left, -1) > into.rank_of(came, -1)
+    first = np.where(is_away, into.first_after(begun, tid), came)
+    first_rank = into.rank_of(first, -1)
+    # Away, and gone once more before it is seen to come: it came unseen.
+    gone = away.rank_of(away.last_before(first_rank, tid), -1) > begun
+    known[rows] = ~is_away | ((first_rank >= 0) & (first_rank < rank) & ~gone)
+    since = np.where(is_away, pick(time, left, NAT), pick(time, first, NAT))
+    known[rows] &= ~lossy.touch(np.where(since == NAT, ready.time[rows], since), read.time[rows])
+    arrived[rows] = first
+    return arrived, known
+
+
+def attribute(events: Mapping[str, Columns], ready: Since, read: Consumed, lossy: Hidden) -> Wake:
     """Tell for each consumed packet why its reader ran (alignment.md 2.2).
 
     Parameters
     ----------
-    tid : int64 array, dims (packet,)
-        The task that consumed it, -1 where none.
+    events : mapping of str to Columns
     ready : Since
-    consumed_rank, consumed_time : int64 arrays, dims (packet,)
-        First copy, or the receive call where there is no copy event.
+    read : Consumed
     lossy : Hidden
         Where scheduler events may be missing: nothing is said of what reaches across.
     """
     waking, wakeup, switch = (event_columns(events, f"sched:sched_{name}") for name in ("waking", "wakeup", "switch"))
-    switches_in = AsOf(switch["rank"], task_ids(switch, "next_pid"))
-    switches_out = AsOf(switch["rank"], task_ids(switch, "prev_pid"))
+    switches, tid = _Switches.of(switch), read.tid
     by_task = AsOf(waking["rank"], task_ids(waking, "pid"))
     # A timer in a hard interrupt may wake the reader right after data_ready; that is not the packet's doing.
     is_timer = (
@@ -100,14 +160,13 @@ def attribute(
     candidates = np.flatnonzero(~is_timer)
     by_cpu = AsOf(waking["rank"][candidates], waking["cpu"][candidates], task_ids(waking, "pid")[candidates])
     runnable = AsOf(wakeup["rank"], task_ids(wakeup, "pid"))
-    known = (tid >= 0) & (consumed_rank >= 0)
-    arrived = switches_in.last_before(np.where(known, consumed_rank, -1), tid)
+    arrived, known = _arrivals(events, switches, ready, read, lossy)
     arrived_time = pick(switch["time"], arrived, NAT)
     # The reader was switched in on the CPU it consumed on, with nothing hidden there since.
-    known &= ~((arrived >= 0) & lossy.touch(arrived_time, consumed_time, pick(switch["cpu"], arrived, -1)))
+    known &= ~((arrived >= 0) & lossy.touch(arrived_time, read.time, pick(switch["cpu"], arrived, -1)))
     arrived = np.where(known, arrived, -1)
-    arrived_rank = switches_in.rank_of(arrived, -1)
-    slept = switches_out.rank_of(switches_out.last_before(arrived_rank, tid), -1)
+    arrived_rank = switches.into.rank_of(arrived, -1)
+    slept = switches.away.rank_of(switches.away.last_before(arrived_rank, tid), -1)
     own = pick(candidates, by_cpu.first_after(np.where(known, ready.rank, -1), ready.cpu, tid), -1)
     own_rank, own_time = pick(waking["rank"], own, _NEVER), pick(waking["time"], own, NAT)
     # A wake-up that comes after the copy is spurious: the reader won the race.
@@ -131,9 +190,9 @@ def attribute(
     woke = waiting & is_own
     own = np.where(woke, own, -1)
     # The wake-up ends where the reader first runs. Preempted after that, or asleep for a lock, it is on its way already.
-    came = switches_in.first_after(pick(waking["rank"], own, -1), tid)
+    came = switches.into.first_after(pick(waking["rank"], own, -1), tid)
     arrived = np.where(woke, came, arrived)
-    arrived_rank = switches_in.rank_of(arrived, -1)
+    arrived_rank = switches.into.rank_of(arrived, -1)
     got_runnable = runnable.first_after(pick(waking["rank"], own, -1), tid)
     got_runnable = np.where(runnable.rank_of(got_runnable, _NEVER) < arrived_rank, got_runnable, -1)
     got_runnable = np.where(lossy.touch(own_time, pick(wakeup["time"], got_runnable, NAT)), -1, got_runnable)
