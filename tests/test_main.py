@@ -8,11 +8,14 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from rxlab import __main__ as cli
 from rxlab import pipeline
+from rxlab.record import runfolder
+from rxlab.record.recording import DEFAULT_MIN_FREE
 from rxlab.rundir import write_json
 
 
@@ -94,6 +97,18 @@ def test_a_testbed_beside_an_interface_is_one_line(
     assert len(lines) == 1
     assert f"two places to record on: found {other} and --testbed, expected one of them" in lines[0]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_comparison_that_would_not_fit_on_the_disk_makes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runfolder.shutil, "disk_usage", lambda place: SimpleNamespace(free=DEFAULT_MIN_FREE + 1))
+    out = tmp_path / "out"
+    status, lines = run_main(monkeypatch, capsys, "compare", "--testbed", "--set", "rps_cpus=0", "-o", str(out))
+    assert status == 1
+    assert len(lines) == 1
+    assert f"{out}: the disk has no room for this" in lines[0]
+    assert not out.exists()
 
 
 def test_help_and_no_arguments_print_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,6 +69,10 @@ def test_zstd_stream_of_several_frames_is_whole_when_its_last_one_ends(tmp_path:
         packets = read_pcap(write(tmp_path, b"".join(stream)))
         assert packets.n == len(PACKETS)
         assert not packets.attrs["truncated"]
+    with pytest.raises(
+        TruncatedFileError, match="nothing can be salvaged.*zstd stream is cut .* its last frame does not end"
+    ):
+        read_pcap(write(tmp_path, zstandard.compress(content)[:20]))
     for lost in (1, 2):  # as gzip's: its checksum and size come last
         packets = read_pcap(write(tmp_path, b"".join([*frames, skippable])[:-lost]))
         assert packets.n == len(PACKETS)

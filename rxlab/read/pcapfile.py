@@ -100,6 +100,8 @@ def _unfolded(file: IO[bytes], kind: str, pieces: Iterator[bytes], where: str) -
         except (EOFError, zlib.error, gzip.BadGzipFile, ZstdDamage) as error:
             warnings.append(f"{kind} stream is cut or damaged after {unfolded.tell()} bytes: {error}")
         unfolded.flush()
+        if warnings and not unfolded.tell():
+            raise TruncatedFileError("nothing can be salvaged from the capture", where=where, found=warnings[-1])
         return CaptureBytes(_map(unfolded, where), kind, warnings)
 
 
