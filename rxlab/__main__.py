@@ -1,6 +1,6 @@
 """The ``rxlab`` command: argument parsing only. What a command does is in pipeline.py, doctor.py and the folders.
 
-Exit status: 0 success, 1 an error (one line on stderr), 2 usage, 3 a result below its threshold.
+Exit status: 0 success, 1 an error (one line on stderr), 2 usage, 3 a result below its threshold, 130 Ctrl-C.
 """
 
 from __future__ import annotations

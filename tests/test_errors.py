@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import signal
 
 import pytest
 
@@ -47,7 +48,7 @@ def test_line_is_one_line_whatever_a_tool_printed() -> None:
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
 def test_every_class_says_when_it_is_raised_and_exits_non_zero(kind: type[RxlabError]) -> None:
     assert inspect.getdoc(kind)
-    assert kind.exit_code in {1, 2, 3}
+    assert kind.exit_code in {1, 2, 3, 128 + signal.SIGINT}
     with pytest.raises(RxlabError, match="^what$"):
         raise kind("what")
 
@@ -57,6 +58,7 @@ def test_exit_codes_are_those_of_the_command_line() -> None:
         "UsageError": 2,
         "WrongSettingError": 2,
         "RefusedError": 3,
+        "StoppedError": 130,
     }
     assert (RxlabError.exit_code, UsageError.exit_code, RefusedError.exit_code) == (1, 2, 3)
 
