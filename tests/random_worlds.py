@@ -54,6 +54,9 @@ def _drawn(rng: np.random.Generator, n: int) -> dict[str, Any]:
         recipe["shared"] = one(False, True)
         recipe["readers"] = one(1, 2, 3) if recipe["shared"] else min(recipe["sockets"], one(1, 3))
         recipe["stall_share"] = one(0.0, 0.02, 0.1)
+        recipe["behind"] = one(False, True)
+        if recipe["sockets"] > 1:
+            recipe["closes"] = one(0, n // 2)
     if rng.random() < 0.3:
         length = n * recipe["mean_gap_ns"]
         recipe["blind"] = tuple(

@@ -76,9 +76,12 @@ class Recipe:
         Readers, the first ones, that receive by io_uring: each call is followed by its completion.
     peek, polling : bool
         Readers look with MSG_PEEK before they read; ask again when there is nothing instead of sleeping.
+    closes : int
+        Before this packet the last UDP socket of the group was closed: its flows go on in the others; 0: never.
+    behind : bool
+        UDP: data_ready is called only where the receive queue was empty (Linux 6.10 on). A reader moves that whole queue aside.
     lock_every : int
-        In every such call the reader waits, uninterruptibly, between its copies and its return (TCP: a UDP
-        call shows its return only); 0: never.
+        In every such call the reader waits, uninterruptibly, between its copies and its return; 0: never.
     drop_share, repeat_share, swap_share : float
         Packets the socket drops (kfree_skb with a reason); retransmitted though delivered; overtaken by their successors (TCP).
     swap_depth : int
@@ -110,6 +113,8 @@ class Recipe:
     shared: bool = False
     stall_share: float = 0.0
     rings: int = 0
+    closes: int = 0
+    behind: bool = False
     peek: bool = False
     polling: bool = False
     drop_share: float = 0.0
@@ -196,7 +201,8 @@ def _wire(told: Recipe, rng: np.random.Generator) -> list[_Packet]:
             ack = _Packet(len(packets), flow, flow, seq[flow], 0, "ack", arrival=clock)
             packets.append(ack)
             last[flow], clock = ack, clock + 4_000
-        socket = flow if told.is_tcp else flow % told.sockets
+        n_sockets = told.sockets - (told.closes > 0 and i >= told.closes)
+        socket = flow if told.is_tcp else flow % n_sockets
         packet = _Packet(len(packets), flow, socket, seq[flow], size, arrival=clock)
         seq[flow] = (seq[flow] + size) % 2**32
         if merged:
@@ -309,6 +315,7 @@ class _Readers:
         self.came: dict[int, dict[str, Any]] = {}
         self.slept: dict[int, dict[str, Any]] = {}
         self.calls = 0
+        self.waiting, self.aside = [0] * self.n_sockets, [0] * self.n_sockets
         self.blind: dict[int, list[tuple[int, int]]] = defaultdict(list)
         for cpu, first, last in told.blind:
             self.blind[cpu].append((START + FIRST + first, START + FIRST + last))
@@ -392,6 +399,10 @@ class _Readers:
         members, waker = self.batches[number]
         socket = members[0].socket
         self.queues[socket].extend(members)
+        self.waiting[socket] += 1
+        if self.told.behind and not self.told.is_tcp and self.waiting[socket] > 1:
+            self.log.rows["sock:sk_data_ready"].remove(waker.lives.pop("data_ready"))
+            return
         sleeping = [task for task in self._tasks(socket) if task in self.asleep]
         if not sleeping:
             return
@@ -452,6 +463,9 @@ class _Readers:
         room, ends = self.told.read_size, []
         while room > 0 and self.queues[socket]:
             packet = self.queues[socket][0]
+            if not self.aside[socket]:
+                self.aside[socket], self.waiting[socket] = self.waiting[socket], 0
+            self.aside[socket] -= 1
             size = min(room, packet.payload - packet.taken)
             now += 700
             if tcp:

@@ -199,6 +199,25 @@ def test_a_reader_preempted_with_a_datagram_in_hand_returns_after_others(
         assert trusted.mean() > 0.4
 
 
+@pytest.mark.parametrize(("closes", "behind"), [(580, False), (580, True), (300, True)])
+@pytest.mark.parametrize("max_payload", [31, 1000])
+def test_a_flow_may_move_to_another_socket_of_its_group(closes: int, behind: bool, max_payload: int) -> None:
+    """A socket that is closed leaves its flows to the others (SO_REUSEPORT), be it for their last datagrams only."""
+    world = simulate(
+        proto="udp", flows=6, sockets=3, readers=3, n=600, closes=closes, behind=behind, mean_gap_ns=8_000,
+        max_payload=max_payload,
+    )  # fmt: skip
+    joined = run(world)
+    assert not wrong(joined, world).any()
+    told = joined.packets["trusted"]
+    assert told.mean() > 0.99
+    assert joined.verdict == "trusted"
+    # Each datagram is in the socket that its reader read.
+    seen = joined.packets["socket"] > 0
+    assert len(np.unique(joined.packets["socket"][seen])) == 3
+    assert (joined.packets["tid"] == world.truth["tid"])[told].all()
+
+
 def test_few_addresses_are_told_apart_by_generation() -> None:
     """Every address carries a packet of every third: only generations keep them apart."""
     world = simulate(n_addresses=3, mean_gap_ns=60_000)

@@ -41,6 +41,10 @@ class Segments:
         Rank of the receive call that an earlier part of the recording showed to have read it, -1: to be found.
     is_counted : bool array
         An earlier part of the recording has counted it.
+    port : integer array
+        The local port.
+    row : int64 array
+        Number in the capture.
     """
 
     skb: np.ndarray
@@ -54,6 +58,8 @@ class Segments:
     is_freed: np.ndarray
     call_rank: np.ndarray
     is_counted: np.ndarray
+    port: np.ndarray
+    row: np.ndarray
 
 
 @dataclass

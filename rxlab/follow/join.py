@@ -267,8 +267,9 @@ def follow_part(part: Part, clock: ClockMap, machine: Machine) -> Followed:
         flow.astype(np.int64), position, np.where(is_tcp, payload, 0), arrival, is_freed, part.pieces
     )
     segments = Segments(
-        certain, flow, position, payload, is_tcp, is_udp, arrival, repeat, is_freed, call_rank, is_counted
-    )
+        certain, flow, position, payload, is_tcp, is_udp, arrival, repeat, is_freed, call_rank, is_counted,
+        received["dport"], received["row"],
+    )  # fmt: skip
     taken = consume(events, path, segments, part.hidden, lossy, part.earlier, part.so_far.reached)
     rows = path.take(skb)
     if clock.method == "cross_stamps":

@@ -80,8 +80,8 @@ class Begun:
     Attributes
     ----------
     earlier : Earlier
-    sleeps, returns : AsOf
-        Switches away into sleep that a signal may end: what the task returns later it took later; and switches to a task.
+    sleeps, leaves, returns : AsOf
+        Switches away into sleep that a signal may end: what the task returns later it took later; all away; and those to a task.
     calls : AsOf
         Returns of receive calls.
     wakings : AsOf
@@ -92,6 +92,7 @@ class Begun:
 
     earlier: Earlier
     sleeps: AsOf
+    leaves: AsOf
     returns: AsOf
     calls: AsOf
     wakings: AsOf
@@ -108,6 +109,7 @@ class Begun:
         return cls(
             earlier,
             AsOf(asleep["rank"], task_ids(asleep, "prev_pid")),
+            AsOf(switch["rank"], task_ids(switch, "prev_pid")),
             AsOf(switch["rank"], task_ids(switch, "next_pid")),
             AsOf(receives["rank"], receives["tid"]),
             AsOf(waking["rank"], task_ids(waking, "pid")),
@@ -196,6 +198,8 @@ def _consume_queue(result: Consumption, queue: Queue, calls: np.ndarray, begun: 
         run = np.cumsum(np.concatenate(([True], shift[1:] != shift[:-1])))
         fits &= ~np.isin(run, run[wrong])
     rows = queue.packet[slot[fits]]
+    # It may have been in either of two queues, and both have room for it.
+    result.anchors_disagree[rows[result.receive[rows] >= 0]] = True
     result.receive[rows] = calls[fits]
     doubt = np.zeros(len(place) + 1, np.int64)
     vague = takes & ~fits & (bounds.high >= 0)
@@ -352,7 +356,11 @@ def _begun_since(
     asleep = begun.sleeps.last_before(rank, tid)
     slept = begun.sleeps.rank_of(asleep, -1)
     came = begun.returns.first_after(slept, tid)
-    back = np.where((slept >= 0) & (came >= 0), begun.returns.rank_of(came, -1), slept)
+    came_rank = begun.returns.rank_of(came, -1)
+    # One that left once more before it is seen to come had come back unseen.
+    is_seen = (came >= 0) & (begun.leaves.rank_of(begun.leaves.last_before(came_rank, tid), -1) <= slept)
+    # A sleep before the last return says nothing of what came after that.
+    back = np.where(slept > before, np.where(is_seen, came_rank, slept), -1)
     ended = np.where(last >= 0, pick(receives["time"], last, NAT), begun.earlier.time)
     is_sure = ~lossy.touch(ended, pick(receives["time"], here, NAT))
     return np.maximum(before, np.where(is_sure & (back < rank), back, -1)), is_sure

@@ -299,7 +299,9 @@ class SlabJoin:
         taken, fed, leaving = evidence.taken, self._earlier.fed, told & ~kept.stays
         fresh = told & ~(np.zeros(columns.n, bool) if part.known is None else part.known.is_counted)
         fed_rows = np.flatnonzero(fresh & (taken.fed > 0))
-        fed = fed.with_datagrams(columns["flow"][fed_rows].astype(np.int64), taken.fed[fed_rows])
+        flow = columns["flow"][fed_rows]
+        port = self._recording.flows["dport"][flow] if len(flow) else flow
+        fed = fed.with_datagrams(flow, taken.fed[fed_rows], port, columns["row"][fed_rows])
         calls = taken.receives
         largest = 0
         if calls.n:
