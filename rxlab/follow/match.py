@@ -81,13 +81,12 @@ def classify_stamp(
     n_events = float(max(len(driver_time), len(receive_time)))
     if not len(receive_time) or not len(packet_time):
         return "unknown", {"bracket": 0.0, "tap": 0.0, "events": n_events, "chance": 0.0}
-    every = max(1, len(packet_time) // sample)
-    earliest, length_of_capture = packet_time.min(), packet_time.max() - packet_time.min() + 1
-    displaced = earliest + (packet_time - earliest + length_of_capture // 2) % length_of_capture
-    origin = earliest - STALL_NS
 
-    def fraction(packet_time: np.ndarray, time: np.ndarray, length: np.ndarray, span: np.ndarray) -> float:
-        during = (time >= packet_time.min() - STALL_NS) & (time <= packet_time.max())
+    def fraction(
+        packet_time: np.ndarray, packet_len: np.ndarray, time: np.ndarray, length: np.ndarray, span: np.ndarray
+    ) -> float:
+        origin, every = packet_time.min() - STALL_NS, max(1, len(packet_time) // sample)
+        during = (time >= origin) & (time <= packet_time.max())
         time, length, span = time[during], length[during], span[during]
         if not len(time):
             return 0.0
@@ -103,16 +102,26 @@ def classify_stamp(
 
     by_driver = (driver_time, driver_len, driver_span)
     by_stack = (receive_time, receive_len, np.full(len(receive_time), TAP_SPAN_NS))
-    found = {"bracket": fraction(packet_time, *by_driver), "tap": fraction(packet_time, *by_stack)}
+    packets = (packet_time, packet_len)
+    found = {"bracket": fraction(*packets, *by_driver), "tap": fraction(*packets, *by_stack)}
     # One packet displaced is where it was.
+    moved = _displaced(packet_time, packet_len, sample) if len(packet_time) > 1 else None
     chance = (
-        {"bracket": fraction(displaced, *by_driver), "tap": fraction(displaced, *by_stack)}
-        if len(packet_time) > 1
+        {"bracket": fraction(*moved, *by_driver), "tap": fraction(*moved, *by_stack)}
+        if moved is not None
         else dict.fromkeys(found, 0.0)
     )
     position = max(("tap", "bracket"), key=lambda place: (found[place] >= 0.5, found[place] - chance[place]))
     evidence = {**found, "events": n_events, "chance": chance[position]}
     return (position if found[position] >= 0.5 else "nic"), evidence
+
+
+def _displaced(packet_time: np.ndarray, packet_len: np.ndarray, sample: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return stamps and lengths of `sample` packets from the middle of a capture, moved by half the time they take, the end to the start."""
+    middle = slice(max(0, (len(packet_time) - sample) // 2), (len(packet_time) + sample) // 2)
+    time, length = packet_time[middle], packet_len[middle]
+    earliest, lasting = time.min(), time.max() - time.min() + 1
+    return earliest + (time - earliest + lasting // 2) % lasting, length
 
 
 def is_place_sure(position: str, evidence: Mapping[str, float]) -> bool:

@@ -123,11 +123,13 @@ def _arrivals(
     tid, rank = read.tid[rows], read.rank[rows]
     receive, switch = event_columns(events, "sock:sock_recv_length"), switches.events
     asleep = switch.take(sleeps(switch, TASK_INTERRUPTIBLE))
-    begun = ready.rank[rows]
-    for index in (AsOf(receive["rank"], receive["tid"]), AsOf(asleep["rank"], task_ids(asleep, "prev_pid"))):
+    begun, calls = ready.rank[rows], AsOf(receive["rank"], receive["tid"])
+    # A call that returned shows its task running, whoever saw that come.
+    ran = calls.rank_of(calls.last_before(begun, tid), -1)
+    for index in (calls, AsOf(asleep["rank"], task_ids(asleep, "prev_pid"))):
         begun = np.maximum(begun, index.rank_of(index.last_before(rank, tid), -1))
     came, left = into.last_before(begun, tid), away.last_before(begun, tid, inclusive=True)
-    is_away = away.rank_of(left, -1) > into.rank_of(came, -1)
+    is_away = away.rank_of(left, -1) > np.maximum(into.rank_of(came, -1), ran)
     first = np.where(is_away, into.first_after(begun, tid), came)
     first_rank = into.rank_of(first, -1)
     # Away, and gone once more before it is seen to come: it came unseen.
