@@ -14,7 +14,8 @@ import numpy as np
 from rxlab.errors import ClockError, MissingEventError, UsageError
 from rxlab.follow.clockfit import NAT, ClockMap
 from rxlab.follow.clockmatch import Pairs, UnlikeGapsError, match_sequences, match_tcp_keys, refuse_reversed
-from rxlab.follow.envelope import MAX_BOUND_NS, MIN_PACKETS, Envelope, fit_envelope
+from rxlab.follow.envelope import MIN_PACKETS, Envelope, fit_envelope
+from rxlab.follow.floorbound import MAX_BOUND_NS
 from rxlab.follow.kernelpath import KernelPath, event_columns, follow_kernel
 from rxlab.read.columns import Columns
 from rxlab.stages import STAGE_INDEX

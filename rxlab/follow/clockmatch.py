@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rxlab.errors import ClockError
-from rxlab.follow.envelope import MAX_BOUND_NS, MAX_DRIFT, MIN_PACKETS, Envelope, fit_envelope
+from rxlab.follow.envelope import MAX_DRIFT, MIN_PACKETS, Envelope, fit_envelope
+from rxlab.follow.floorbound import MAX_BOUND_NS
 from rxlab.follow.match import match_packets
 from rxlab.read.compiler import njit
 

@@ -13,24 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from rxlab.errors import ClockError
-from rxlab.follow.lowercurve import curve_below, window_minima
+from rxlab.follow.floorbound import KNOT_NS, NEAR_NS, curve_bound, judge_floor
+from rxlab.follow.lowercurve import curve_below
 
-KNOT_NS = 1_000_000_000
 # Weight of one ppb of unrest against one ns of mean gap. Unrest is a change of bend from knot to knot: a steered clock bends
 # steadily, a floor that shifts for some seconds does not.
 PENALTY = 0.5
 # What the curve would be if unrest were cheaper by this tells how much of it the price decided.
 LOOSER = 3.0
-# The share of the looser twin's distance in the bound, and which parts it has, were chosen so that it held in more than 99 % of
-# perturbations of recorded and simulated floors made for this purpose and never judged on; as in split conformal prediction
-# (Lei et al. 2018) nothing is assumed of how the errors are distributed.
-LOOSER_SHARE = 0.1
-# The same of what the fast tenth of the packets moves against the curve: a floor that wanders for seconds on a loaded machine
-# (recordings under nine kinds of load; without it 92 to 98 % of their perturbations were within).
-MOVED_SHARE = 0.3
-# Windows with fewer packets, or with less than this share of the usual number, say nothing.
-MIN_FILLED, FILLED_SHARE = 16, 0.2
-ROUNDING_NS = 3.0
 # The envelope must come this much closer to the packets than a straight line to be believed.
 MIN_GAIN_NS = 10.0
 # Steps are searched in minima of blocks of this many packets.
@@ -48,12 +38,6 @@ LONE, MIN_LONE_NS, TOUCHING_NS, MAX_LOOKS = 8.0, 20.0, 1.0, 4
 MIN_STEP_NS = 100_000
 MAX_DRIFT = 500e-6
 STEP_WINDOW_NS = 500_000_000
-# The floor is sparse where fewer packets than this lie within NEAR_NS of the curve, per knot.
-MIN_SUPPORT = 3
-NEAR_NS = 100
-# Nor can a floor whose packets leave this much open carry a curve (seen: TCP at its tap, where one packet in 500 is faster by
-# 140 ns: beyond the bound in 5 % of the perturbations).
-MAX_BOUND_NS = 150
 MIN_PACKETS = 64
 
 
@@ -286,7 +270,8 @@ def _fit_segment(
     level = float(np.median(delay))
     y = delay[order] - level - slope * x
     keep, leftover = _cut_outliers(x, y, quantum)
-    n_outliers = int((~keep).sum())
+    cut = x[~keep]
+    n_outliers = len(cut)
     x, y = x[keep], y[keep]
     n_intervals = max(1, round(span / knot_ns))
     for _ in range(MAX_LOOKS):
@@ -296,16 +281,12 @@ def _fit_segment(
             break
         x, y = np.delete(x, lone), np.delete(y, lone)
         n_outliers += len(lone)
-    gap = y - np.interp(x, knots, curve)
-    flags, support = _judge_floor(x, gap, n_intervals, quantum)
-    moved = MOVED_SHARE * _moved_by(x, gap)
-    if bound + moved > MAX_BOUND_NS + quantum / 8:
-        flags = (*flags, "sparse_floor" if bound > MAX_BOUND_NS + quantum / 8 else "moving_floor")
+    flags, support, bound = judge_floor(x, y - np.interp(x, knots, curve), cut, bound, n_intervals, quantum)
     whole = np.rint(knots)
     return _Part(
         start + whole.astype(np.int64),
         curve + level + slope * whole,
-        bound + moved + leftover,
+        bound + leftover,
         len(knots) > 2,
         flags,
         n_outliers,
@@ -321,59 +302,14 @@ def _fit_curve(
     ends = np.array([0.0, x[-1]])
     line = curve_below(x, y, ends, 0.0)
     if n_intervals == 1 or method == "hull":
-        return ends, line, 0.0, _bound(x, y, ends, line, line)
+        return ends, line, 0.0, curve_bound(x, y, ends, line, line)
     knots = np.linspace(0.0, x[-1], n_intervals + 1)
     bent, looser = (curve_below(x, y, knots, price) for price in (penalty, penalty / LOOSER))
     gain = float(np.mean(np.interp(x, knots, bent) - np.interp(x, ends, line)))
     if method == "envelope" or gain > MIN_GAIN_NS:
-        return knots, bent, gain, _bound(x, y, knots, bent, looser)
+        return knots, bent, gain, curve_bound(x, y, knots, bent, looser)
     # The bends that were not worth believing may be real.
-    return ends, line, gain, _bound(x, y, knots, np.interp(knots, ends, line), looser)
-
-
-def _bound(x: np.ndarray, y: np.ndarray, knots: np.ndarray, curve: np.ndarray, looser: np.ndarray) -> float:
-    """Return how far the clock may be from a curve: by a floor that moves, between the knots, by the price on unrest.
-
-    Where even the fastest packet of three eighths of a second keeps away, the floor has moved or the clock has: which cannot be
-    told. For less no clock leaves its curve and comes back, but a floor does.
-    """
-    from scipy.ndimage import minimum_filter1d
-
-    gap = y - np.interp(x, knots, curve)
-    lowest = gap[window_minima(x, gap, max(4, 8 * round(float(x[-1]) / KNOT_NS)))]
-    largest = float(minimum_filter1d(lowest, 3, mode="mirror").max())
-    # Between knots a smooth curve is off its chord by an eighth of the second difference.
-    sag = float(np.abs(np.diff(curve, 2)).max(initial=0.0)) / 8
-    # Beyond the last well filled half second, before one late packet, nothing holds the looser curve.
-    low, high = _filled_windows(x, 2)
-    apart = _apart(np.interp(x[(low + high) // 2], knots, looser - curve))
-    return ROUNDING_NS + largest + sag + LOOSER_SHARE * apart
-
-
-def _apart(difference: np.ndarray) -> float:
-    """Return the largest difference of two curves, one constant apart."""
-    return float(np.abs(difference - np.median(difference)).max(initial=0.0)) if len(difference) else 0.0
-
-
-def _filled_windows(x: np.ndarray, per_knot: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return first and last row (exclusive) of equally long windows, without those that hold next to nothing."""
-    n_windows = max(4, per_knot * round(float(x[-1]) / KNOT_NS))
-    edges = np.searchsorted(x, np.linspace(0.0, float(x[-1]), n_windows + 1))
-    edges[-1] = len(x)
-    size = np.diff(edges)
-    filled = size >= max(float(MIN_FILLED), FILLED_SHARE * float(np.median(size)))
-    return edges[:-1][filled], edges[1:][filled]
-
-
-def _moved_by(x: np.ndarray, gap: np.ndarray) -> float:
-    """Return by how much the fast tenth of the packets comes and goes above the curve, from second to second.
-
-    A clock that moves takes all packets with it, and the curve follows. What slows the fastest packets (memory, a neighbour, the
-    CPU's frequency) slows the others by more: so a floor that wanders is seen though one side alone is known.
-    """
-    windows = [gap[low:high] for low, high in zip(*_filled_windows(x, 1), strict=True)]
-    tenth = [np.partition(one, len(one) // 10)[len(one) // 10] for one in windows]
-    return float(np.ptp(tenth)) if tenth else 0.0
+    return ends, line, gain, curve_bound(x, y, knots, np.interp(knots, ends, line), looser)
 
 
 def _coarse_slope(x: np.ndarray, delay: np.ndarray) -> float:
@@ -470,14 +406,3 @@ def _lone_supports(x: np.ndarray, gap: np.ndarray) -> np.ndarray:
         if gap[at] == lowest[0] and lowest[1] - lowest[0] > max(MIN_LONE_NS, LONE * spacing):
             lone.append(at)
     return np.array(lone, np.int64)
-
-
-def _judge_floor(
-    x: np.ndarray, excess: np.ndarray, n_intervals: int, quantum: int
-) -> tuple[tuple[str, ...], np.ndarray]:
-    """Count the packets near the curve per knot interval, and flag a floor too sparse to tell fast packets from outliers."""
-    near = excess <= NEAR_NS + quantum / 8
-    interval = np.minimum((x * (n_intervals / x[-1])).astype(np.int64), n_intervals - 1)
-    support = np.bincount(interval[near], minlength=n_intervals)
-    is_sparse = np.quantile(support, 0.1) < MIN_SUPPORT
-    return (("sparse_floor",) if is_sparse else ()), support
