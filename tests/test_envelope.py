@@ -168,6 +168,48 @@ def test_sparse_floor_with_late_outliers_is_flagged() -> None:
     assert "sparse_floor" in fit_envelope(stamp, event).flags
 
 
+def loaded(kind: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return packets of a loaded machine, as recorded ones are: tight, with a floor that moves for a while."""
+    rng = np.random.default_rng(seed)
+    arrival = 10**12 + np.cumsum(rng.exponential(SECOND / 3_000, 30_000)).astype(np.int64)
+    t = arrival - arrival[0]
+    slow = rng.exponential(300, len(t)) * (rng.random(len(t)) < 0.5)
+    delay = 1_000 + rng.exponential(15, len(t)) + slow
+    if kind == "memory":
+        # Everything takes longer for some seconds, what was slow most of all.
+        delay += (t > 3 * SECOND) * (t < 7 * SECOND) * (rng.exponential(90, len(t)) + 70)
+    elif kind == "end":
+        delay -= (t > t[-1] - 0.7 * SECOND) * 80.0
+    elif kind == "crowd":
+        # One packet in 15 of the last second comes from elsewhere, and early: cut there, the curve would lie above them.
+        delay -= (t > t[-1] - SECOND) * (rng.random(len(t)) < 0.07) * rng.integers(100, 2_500, len(t))
+    return arrival, arrival + delay.astype(np.int64)
+
+
+@pytest.mark.parametrize("kind", ["memory", "end", "crowd"])
+def test_a_floor_that_moves_is_in_the_bound_or_flagged(kind: str) -> None:
+    beyond, told = 0, 0
+    for seed in range(12):
+        arrival, event = loaded(kind, seed)
+        rng = np.random.default_rng(seed)
+        stamp, true = perturb(arrival, rng, sine=rng.choice([0.0, 700.0]), ppm=rng.uniform(-50, 50), quantum=8)
+        found = fit_envelope(stamp, event)
+        error = np.abs(errors_of(found, arrival, event, true)).max()
+        told += "moving_floor" in found.flags
+        beyond += not found.flags and error > found.bound_ns
+    assert beyond == 0
+    assert told >= 4
+
+
+def test_a_floor_that_stays_is_not_called_moving() -> None:
+    flags = []
+    for seed in range(12):
+        arrival, event = loaded("quiet", seed)
+        stamp, _ = perturb(arrival, np.random.default_rng(seed), sine=700.0, outliers=0.001, quantum=8)
+        flags.append(fit_envelope(stamp, event).flags)
+    assert sum(bool(one) for one in flags) <= 1
+
+
 def test_bound_is_honest_and_not_idle() -> None:
     """200 random perturbations: the truth lies within the bound in 99 %, and the bound is no more than a few times too wide."""
     errors, bounds = np.empty(200), np.empty(200)

@@ -339,7 +339,7 @@ def _cut_outliers(x: np.ndarray, y: np.ndarray, quantum: int) -> tuple[np.ndarra
     rough = _floor_levels(x, y, size, quantum, MAX_OUTLYING)
     if rough is None:
         return everything
-    floor = np.interp(x, *rough[:2])
+    floor = np.interp(x, *_to_the_ends(x, *rough[:2]))
     # A steered clock moves by 100 ns within a window; with that taken away and deep outliers too, the lowest packets tell how
     # close company is: a few that are faster by 100 ns are a floor of their own, and no outliers.
     shallow = np.flatnonzero(y > floor - 2.5 * NEAR_NS - quantum / 4)
@@ -347,13 +347,23 @@ def _cut_outliers(x: np.ndarray, y: np.ndarray, quantum: int) -> tuple[np.ndarra
     if fine is None:
         return everything
     centre, level, near = fine
-    floor += np.interp(x, centre, level)
+    floor += np.interp(x, *_to_the_ends(x, centre, level))
     depth_of_cut = (floor - y)[y < floor - near / 2]
     if not len(depth_of_cut):
         return everything
     # As dense just below the floor as further down, so many of them are not cut.
     expected = len(depth_of_cut) * (near / 2) / (2 * float(depth_of_cut.mean()))
     return np.asarray(y >= floor - near / 2), near / 2 * min(1.0, 2 * expected)
+
+
+def _to_the_ends(x: np.ndarray, centre: np.ndarray, level: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Continue the levels of windows to the first and last packet: held there, a drifting floor's packets would be cut."""
+    few = min(4, len(centre))
+    ends = [
+        float(np.polyval(np.polyfit(centre[part] - at, level[part], 1), 0.0))
+        for part, at in ((slice(None, few), x[0]), (slice(-few, None), x[-1]))
+    ]
+    return np.concatenate(([x[0]], centre, [x[-1]])), np.concatenate((ends[:1], level, ends[1:]))
 
 
 def _floor_levels(
