@@ -57,15 +57,19 @@ class AsOf:
 
     def _find(self, rank: np.ndarray, groups: tuple[np.ndarray, ...], add: int, back: int) -> np.ndarray:
         """Return the row at (`back` 1: before) each look-up row's first place not below ``rank + add`` in its group."""
-        code = np.zeros(len(rank), np.int64)
+        code, found = self._codes(groups, len(rank)), np.empty(len(rank), np.int64)
+        _search(np.ascontiguousarray(rank, np.int64), code, self._start, self._key, self._order, add, back, found)
+        return found
+
+    def _codes(self, groups: tuple[np.ndarray, ...], n: int) -> np.ndarray:
+        """Return the code of the group of each of `n` look-up rows, -1 where it never occurs."""
+        code = np.zeros(n, np.int64)
         for table, group in zip(self._tables, groups, strict=True):
             table.add_to(code, group)
         if self._pairs is not None:
-            code, combined = np.zeros(len(rank), np.int64), code
+            code, combined = np.zeros(n, np.int64), code
             self._pairs.add_to(code, combined)
-        found = np.empty(len(rank), np.int64)
-        _search(np.ascontiguousarray(rank, np.int64), code, self._start, self._key, self._order, add, back, found)
-        return found
+        return code
 
     def last_before(self, rank: np.ndarray, *groups: np.ndarray, inclusive: bool = False) -> np.ndarray:
         """Return for each look-up row the index of the last row of its group with a lower rank, or -1."""
@@ -74,6 +78,18 @@ class AsOf:
     def first_after(self, rank: np.ndarray, *groups: np.ndarray, inclusive: bool = False) -> np.ndarray:
         """Return for each look-up row the index of the first row of its group with a higher rank, or -1."""
         return self._find(rank, groups, int(not inclusive), 0)
+
+    def rows_of(self, *group: np.ndarray) -> np.ndarray:
+        """Return the rows of one group (each number in an array of one) in order of rank."""
+        return self._order[self._of(group)]
+
+    def ranks_of(self, *group: np.ndarray) -> np.ndarray:
+        """Return the ranks of one group's rows, in order."""
+        return self._key[self._of(group)]
+
+    def _of(self, group: tuple[np.ndarray, ...]) -> slice:
+        code = int(self._codes(group, 1)[0])
+        return slice(*self._start[code : code + 2].tolist()) if code >= 0 else slice(0, 0)
 
     def rank_of(self, row: np.ndarray, missing: int) -> np.ndarray:
         """Return the rank of each found row, `missing` where none was found."""
@@ -210,7 +226,7 @@ def _lay_out(rank, code, by_rank, start, order, key):
 
 
 @njit(cache=True, nogil=True)
-def _outward(key, first, end, want, near):
+def outward(key, first, end, want, near):
     """Return the first place from `first` to `end` whose key is not below `want`: outward from one that is near, in steps
     that double, then by halves."""
     low = high = near
@@ -239,7 +255,7 @@ def _places(keys, wanted, add, found):
     """See :func:`places`."""
     at = 0
     for i in range(len(wanted)):
-        at = _outward(keys, 0, len(keys), min(wanted[i], _MOST - 1) + add, at)
+        at = outward(keys, 0, len(keys), min(wanted[i], _MOST - 1) + add, at)
         found[i] = at
 
 
@@ -253,7 +269,7 @@ def _search(rank, code, start, key, order, add, back, found):
         if group < 0 or rank[i] < 0:
             continue
         first, end, want = start[group], start[group + 1], min(rank[i], _MOST - 1) + add
-        cursor[group] = _outward(key, first, end, want, cursor[group])
+        cursor[group] = outward(key, first, end, want, cursor[group])
         at = cursor[group] - back
         if first <= at < end and key[at] >= 0:
             found[i] = order[at]

@@ -52,11 +52,14 @@ class Bounds:
         `NOWHERE` where it cannot be known.
     low, high : int64 arrays
         The bounds; in doubt they are those of the call alone.
+    agree : bool
+        All bounds agree: none was found to be false.
     """
 
     place: np.ndarray
     low: np.ndarray
     high: np.ndarray
+    agree: bool
 
 
 def close_in(calls: Calls, following: np.ndarray | None = None, preceding: np.ndarray | None = None) -> Bounds:
@@ -70,7 +73,7 @@ def close_in(calls: Calls, following: np.ndarray | None = None, preceding: np.nd
         that cannot be. Index 0 is the place -1, before the first.
     """
     empty = np.empty(0, np.int64)
-    low, high, doubtful = _solve(
+    low, high, doubtful, agree = _solve(
         calls.socket,
         calls.step,
         calls.is_next.copy(),
@@ -79,7 +82,7 @@ def close_in(calls: Calls, following: np.ndarray | None = None, preceding: np.nd
         empty if following is None else following,
         empty if preceding is None else preceding,
     )
-    return Bounds(np.where((low == high) & ~doubtful, low, NOWHERE), low, high)
+    return Bounds(np.where((low == high) & ~doubtful, low, NOWHERE), low, high, agree)
 
 
 @njit(cache=True, nogil=True)
@@ -102,6 +105,7 @@ def _down(place, step, preceding):
 def _solve(socket, step, is_next, own_low, own_high, following, preceding):
     """Propagate the bounds along the calls, both ways; a contradiction is a call that nobody saw, and what led to it is in doubt."""
     n = len(step)
+    agree = True
     own_low, own_high = own_low.copy(), own_high.copy()
     # Calls only go forward, whatever is missing: what a later one cannot have passed, an earlier one has not. A lower bound
     # beyond that is false (a reader that a timer woke from another sleep, taken for one that its datagram woke).
@@ -110,6 +114,7 @@ def _solve(socket, step, is_next, own_low, own_high, following, preceding):
             own_high[m] = min(own_high[m], own_high[m + 1] - step[m + 1])
         if own_low[m] > own_high[m]:
             own_low[m] = NOWHERE
+            agree = False
     low, high = own_low.copy(), own_high.copy()
     doubtful = np.zeros(n, np.bool_)
     sure = -1
@@ -124,6 +129,7 @@ def _solve(socket, step, is_next, own_low, own_high, following, preceding):
             if is_next[m]:
                 top = min(top, _up(high[m - 1], step[m], following))
         if low[m] > top:
+            agree = False
             for k in range(sure + 1, m):
                 doubtful[k] = True
             is_next[m] = False
@@ -143,4 +149,5 @@ def _solve(socket, step, is_next, own_low, own_high, following, preceding):
             low[m] = max(low[m], _down(low[m + 1], step[m + 1], preceding))
         if low[m] > high[m]:
             doubtful[m] = True
-    return low, high, doubtful
+            agree = False
+    return low, high, doubtful, agree

@@ -7,7 +7,7 @@ Copies of linear UDP skbs have no event, so datagrams are told by their place in
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,11 +18,11 @@ from rxlab.follow.consumption import MSG_PEEK, TASK_INTERRUPTIBLE, Consumption, 
 from rxlab.follow.feeding import Earlier, queued_datagrams
 from rxlab.follow.hidden import Hidden
 from rxlab.follow.kernelpath import KernelPath, event_columns, task_ids
+from rxlab.follow.refusals import EAGAIN, fold_refusals
 from rxlab.follow.wake import first_wakes
 from rxlab.read.columns import Columns
 from rxlab.stages import STAGE_INDEX
 
-EAGAIN = -11  # include/uapi/asm-generic/errno-base.h
 # Datagrams without data_ready that tell a kernel which leaves it out from one whose event was not delivered.
 MIN_BEHIND = 5
 # How far apart two CPUs must have received two datagrams for their order in the queue to be known, without data_ready.
@@ -142,12 +142,10 @@ def consume_datagrams(
     waking, woken = first_wakes(events, path, np.where(ready_rank >= 0, segments.skb[packets], -1), hidden)
     receives = result.receives
     taking = np.flatnonzero((receives["protocol"] != 6) & ((receives["flags"] & MSG_PEEK) == 0))
-    taking = taking[np.lexsort((receives["rank"][taking], receives["sk"][taking].astype(np.uint64)))]
-    call_socket = receives["sk"][taking].astype(np.uint64)
+    calls = AsOf(receives["rank"][taking], receives["sk"][taking].astype(np.uint64, copy=False))
     begun = Begun.of(earlier, events, receives)
     edges = np.flatnonzero(np.concatenate(([True], socket[1:] != socket[:-1], [True]))) if len(socket) else [0]
     for low, high in zip(edges[:-1], edges[1:], strict=True):
-        first, stop = np.searchsorted(call_socket, [socket[low], socket[low] + np.uint64(1)])
         mine = slice(low, high)
         rows = packets[mine]
         queue = Queue(
@@ -162,20 +160,27 @@ def consume_datagrams(
             bool(np.isin(socket[low], earlier.fed.left)),
             segments.call_rank[rows],
         )
-        _consume_queue(result, queue, taking[first:stop], begun, lossy)
+        _consume_queue(result, queue, taking[calls.rows_of(socket[low : low + 1])], begun, lossy)
     _doubt_crossed(result, path, segments, packets, socket)
 
 
-def _consume_queue(result: Consumption, queue: Queue, calls: np.ndarray, begun: Begun, lossy: Hidden) -> None:
+def _consume_queue(
+    result: Consumption, queue: Queue, calls: np.ndarray, begun: Begun, lossy: Hidden, *, may_fold: bool = True
+) -> None:
     """Join one socket's queue to its receive calls (rows of the receive events, in order, refusals included)."""
-    receives = result.receives
+    receives, every, folded = result.receives, calls, None
     if queue.is_cut:
         # Of the calls before those that are all at hand only one is needed: the last that is known.
         known = queue.call_rank[queue.call_rank >= 0]
         calls = calls[receives["rank"][calls] >= (known.min() if len(known) else begun.earlier.rank)]
-    ret, tid = receives["ret"][calls].astype(np.int64), receives["tid"][calls]
-    # Another reader may still have to return what it took when one finds nothing.
-    calls = calls[(ret >= 0) | ((ret == EAGAIN) & bool(len(tid) and (tid == tid[0]).all()))]
+    if may_fold and not lossy.any:
+        folded = fold_refusals(receives, calls, queue.arrival, queue.ready_rank, (begun.calls, begun.sleeps))
+    if folded is not None:
+        calls = folded.calls
+    else:
+        ret, tid = receives["ret"][calls].astype(np.int64), receives["tid"][calls]
+        # Another reader may still have to return what it took when one finds nothing.
+        calls = calls[(ret >= 0) | ((ret == EAGAIN) & bool(len(tid) and (tid == tid[0]).all()))]
     if not len(calls) or not len(queue.packet):
         return
     returned = receives["ret"][calls].astype(np.int64)
@@ -183,7 +188,10 @@ def _consume_queue(result: Consumption, queue: Queue, calls: np.ndarray, begun: 
     # A datagram whose data_ready was not seen may have been dropped: the call after the one before it may have skipped it.
     preceding = np.concatenate(([-2, -1], np.maximum.accumulate(np.where(queue.is_sure, place, -1))))[: len(place) + 1]
     following = _next_sure(queue.is_sure)
-    bounds = close_in(_bounded(receives, queue, calls, begun, lossy, following), following, preceding)
+    own = _bounded(receives, queue, calls, begun, lossy, following)
+    if folded is not None:
+        own = replace(own, low=np.maximum(own.low, folded.low), high=np.minimum(own.high, folded.high))
+    bounds = close_in(own, following, preceding)
     at, known = bounds.place, takes & (bounds.place >= 0) & (bounds.place < len(place))
     slot = np.where(known, at, 0)
     # A reader's buffer may be smaller than its datagrams: then every such call returns as much as it holds.
@@ -192,6 +200,9 @@ def _consume_queue(result: Consumption, queue: Queue, calls: np.ndarray, begun: 
     crossed = _overtaken_in_call(receives, calls[takes], np.where(known, at, -1)[takes], queue, begun, lossy)
     # Of two readers each may have what the other is said to have: there a length says nothing of the count.
     wrong = known & ~fits & ~crossed[slot]
+    if folded is not None and (wrong.any() or not bounds.agree):
+        _consume_queue(result, queue, every, begun, lossy, may_fold=False)
+        return
     if wrong.any():
         # One length that does not fit says that the count is off; it was the same for the calls around.
         shift = np.where(known, at - np.cumsum(takes), np.iinfo(np.int64).min)
@@ -286,7 +297,8 @@ def _bound_refused(low: np.ndarray, receives: Columns, queue: Queue, calls: np.n
     since = begun.calls.rank_of(begun.calls.last_before(rank, tid), -1)
     since = np.maximum(since, begun.sleeps.rank_of(begun.sleeps.last_before(rank, tid), -1))
     seen = np.flatnonzero(queue.ready_rank >= 0)
-    last = pick(seen, places(queue.ready_rank[seen], since) - 1, -1)
+    # Where CPUs raced, up to the first that may still have come later.
+    last = pick(seen, places(np.maximum.accumulate(queue.ready_rank[seen]), since) - 1, -1)
     low[rows] = np.where(since >= 0, last, NOWHERE)
 
 
