@@ -43,6 +43,7 @@ from rxlab.follow.status import (
 )
 from rxlab.follow.streambounds import confirm_streams
 from rxlab.follow.streams import consume_streams
+from rxlab.follow.together import beside, side_threads
 from rxlab.follow.verdict import Tally, clock_told, give_verdict
 from rxlab.follow.wake import Consumed, Since, Wake, attribute, first_wakes
 from rxlab.read.columns import Columns
@@ -187,6 +188,7 @@ def join(
     lost: int = 0,
     lost_records: Columns | None = None,
     damage: tuple[str, ...] = (),
+    threads: int = 2,
 ) -> Joined:
     """Join kernel events and captured packets.
 
@@ -205,6 +207,8 @@ def join(
         ``PerfData.lost``: where they were lost. Without, anything may be missing anywhere.
     damage : tuple of str
         What is known to be missing from the files themselves; a damaged run is never trusted.
+    threads : int, optional
+        At most so many threads, and no more than the CPUs this process may run on; the result is the same.
 
     Raises
     ------
@@ -222,9 +226,10 @@ def join(
         events, {name for name in events if events[name].n}, span, received, hidden, lossy, blind,
         FlowsSoFar.nothing(flows.n), Earlier(Fed.nothing(), span[0]),
     )  # fmt: skip
-    followed = follow_part(part, clock, machine)
     every = np.ones(received.n, bool)
-    tally = Tally.of(followed, flows, every, every, followed.evidence.taken.copied_from >= 0, blind)
+    with side_threads(threads, sum(columns.n for columns in events.values())):
+        followed = follow_part(part, clock, machine)
+        tally = Tally.of(followed, flows, every, every, followed.evidence.taken.copied_from >= 0, blind)
     columns, rows = followed.columns, followed.rows
     clock = clock_told(clock, followed.pairs.place, tally)
     gates, verdict, reasons = give_verdict(tally, clock, lost, damage)
@@ -244,6 +249,7 @@ def refuse_without_packets(recorded: Set[str]) -> None:
 def follow_part(part: Part, clock: ClockMap, machine: Machine) -> Followed:
     """Follow the packets of a part of a recording and give each a status."""
     events, received, lossy, known = part.events, part.received, part.lossy, part.known
+    read = beside(receive_events, events, lossy)
     path = follow_kernel(events, machine.iface, machine.irqs, lossy, part.hidden)
     if known is not None:
         path = known.path.continued(path, events)
@@ -270,7 +276,7 @@ def follow_part(part: Part, clock: ClockMap, machine: Machine) -> Followed:
         certain, flow, position, payload, is_tcp, is_udp, arrival, repeat, is_freed, call_rank, is_counted,
         received["dport"], received["row"],
     )  # fmt: skip
-    taken = consume(events, path, segments, part.hidden, lossy, part.earlier, part.so_far.reached)
+    taken = consume(events, read(), path, segments, part.hidden, lossy, part.earlier, part.so_far.reached)
     rows = path.take(skb)
     if clock.method == "cross_stamps":
         rows.time[:, STAGE_INDEX["nic"]] = np.where(skb >= 0, stamp, NAT)
@@ -313,6 +319,7 @@ def _arrivals(path: KernelPath, skb: np.ndarray, flow: np.ndarray, earliest: np.
 
 def consume(
     events: Mapping[str, Columns],
+    read: tuple[Columns, Columns],
     path: KernelPath,
     segments: Segments,
     hidden: Hidden,
@@ -320,8 +327,8 @@ def consume(
     earlier: Earlier,
     reached: np.ndarray,
 ) -> Consumption:
-    """Find for each packet the copy and the receive call that took its bytes."""
-    copies, receives = receive_events(events, lossy)
+    """Find for each packet the copy and the receive call (`read`: those events) that took its bytes."""
+    copies, receives = read
     result = Consumption.blank(len(segments.skb), copies, receives)
     if receives.n:
         links = consume_streams(result, path, segments)

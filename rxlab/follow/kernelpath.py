@@ -16,6 +16,7 @@ from rxlab.follow.asof import AsOf, pick
 from rxlab.follow.clockfit import NAT
 from rxlab.follow.hidden import NOTHING_HIDDEN, Hidden
 from rxlab.follow.stagetable import StageTable
+from rxlab.follow.together import beside
 from rxlab.read.columns import Columns
 from rxlab.stages import PATH_KINDS, STAGE_INDEX
 
@@ -146,14 +147,21 @@ def follow_kernel(
     if not n:
         path.columns = path.columns.with_columns(**{name: np.empty(0, np.int64) for name in _COLUMN_NAMES})
         return path
-    path.columns = path.columns.with_columns(
-        end_rank=_end_of_life(receive["rank"], facts["skbaddr"], events),
-        **_link_driver(path, receive, events, iface, lossy),
-    )
-    _link_softirq(path, events, irqs or {}, lossy, hidden)
-    _link_rps(path, events, hidden)
+    end_of_life = beside(_end_of_life, receive["rank"], facts["skbaddr"], events)
+    driver = _link_driver(path, receive, events, iface, lossy)
+    path.columns = path.columns.with_columns(end_rank=end_of_life(), **driver)
+    entered = beside(_link_entry, path, events, irqs or {}, lossy, hidden)
     _link_socket(path, events, lossy)
+    entered()
     return path
+
+
+def _link_entry(
+    path: KernelPath, events: Mapping[str, Columns], irqs: Mapping[int, int], lossy: Hidden, hidden: Hidden
+) -> None:
+    """Link what comes before the stack: stages that the socket's side does not look at."""
+    _link_softirq(path, events, irqs, lossy, hidden)
+    _link_rps(path, events, hidden)
 
 
 _COLUMN_NAMES = (

@@ -19,6 +19,7 @@ from rxlab.follow.feeding import Earlier, queued_datagrams
 from rxlab.follow.hidden import Hidden
 from rxlab.follow.kernelpath import KernelPath, event_columns, task_ids
 from rxlab.follow.refusals import EAGAIN, fold_refusals
+from rxlab.follow.together import beside
 from rxlab.follow.wake import first_wakes
 from rxlab.read.columns import Columns
 from rxlab.stages import STAGE_INDEX
@@ -132,6 +133,10 @@ def consume_datagrams(
     Where a task is blind its softirqs are not seen, so datagrams may be missing (`hidden`); the calls of a reader that is
     not blind itself are all there, except where events were lost (`lossy`).
     """
+    receives = result.receives
+    if not segments.is_udp.any():
+        return
+    reading = beside(_calls_by_socket, events, receives, earlier)
     packets, ready_rank, socket, sure = queued_datagrams(result, events, path, segments, hidden, earlier.fed)
     order = np.argsort(socket, kind="stable")
     packets, ready_rank, socket, sure = packets[order], ready_rank[order], socket[order], sure[order]
@@ -140,10 +145,7 @@ def consume_datagrams(
     result.is_silent[packets] = sure & (ready_rank < 0)
     is_first = bool(earlier.fed.behind + result.is_silent[~segments.is_counted].sum() >= MIN_BEHIND)
     waking, woken = first_wakes(events, path, np.where(ready_rank >= 0, segments.skb[packets], -1), hidden)
-    receives = result.receives
-    taking = np.flatnonzero((receives["protocol"] != 6) & ((receives["flags"] & MSG_PEEK) == 0))
-    calls = AsOf(receives["rank"][taking], receives["sk"][taking].astype(np.uint64, copy=False))
-    begun = Begun.of(earlier, events, receives)
+    taking, calls, begun = reading()
     edges = np.flatnonzero(np.concatenate(([True], socket[1:] != socket[:-1], [True]))) if len(socket) else [0]
     for low, high in zip(edges[:-1], edges[1:], strict=True):
         mine = slice(low, high)
@@ -162,6 +164,15 @@ def consume_datagrams(
         )
         _consume_queue(result, queue, taking[calls.rows_of(socket[low : low + 1])], begun, lossy)
     _doubt_crossed(result, path, segments, packets, socket)
+
+
+def _calls_by_socket(
+    events: Mapping[str, Columns], receives: Columns, earlier: Earlier
+) -> tuple[np.ndarray, AsOf, Begun]:
+    """Return the rows of the calls that take datagrams, these by socket, and what is known of when they began."""
+    taking = np.flatnonzero((receives["protocol"] != 6) & ((receives["flags"] & MSG_PEEK) == 0))
+    calls = AsOf(receives["rank"][taking], receives["sk"][taking].astype(np.uint64, copy=False))
+    return taking, calls, Begun.of(earlier, events, receives)
 
 
 def _consume_queue(

@@ -28,6 +28,7 @@ from rxlab.follow.received import Machine
 from rxlab.follow.repeats import last_pieces
 from rxlab.follow.rowtable import RowTable
 from rxlab.follow.status import FlowsSoFar, pieces_with
+from rxlab.follow.together import side_threads
 from rxlab.follow.verdict import Tally, clock_told, give_verdict
 from rxlab.read.columns import Columns
 from rxlab.stages import STAGE_INDEX, SUBSTITUTES
@@ -121,15 +122,19 @@ class SlabJoin:
     clock : ClockMap
     machine : Machine
     reach : Reach
+    threads : int, optional
+        As :func:`rxlab.follow.join.join`.
     """
 
-    def __init__(self, recording: Recording, clock: ClockMap, machine: Machine, reach: Reach | None = None) -> None:
+    def __init__(
+        self, recording: Recording, clock: ClockMap, machine: Machine, reach: Reach | None = None, *, threads: int = 2
+    ) -> None:
         self._asked = {name for name, has_any in recording.asked.items() if has_any}
         refuse_without_packets(self._asked)
         # An event that was asked for and is not in a slab did not happen in it.
         self._blank = {name: event_columns({}, name) for name in recording.asked}
         self._recording, self._clock, self._machine = recording, clock, machine
-        self._reach = reach or Reach()
+        self._reach, self._threads = reach or Reach(), threads
         self._so_far = FlowsSoFar.nothing(recording.flows.n)
         self._earlier = Earlier(Fed.nothing(), recording.span[0])
         self._place: StampPlace | None = None
@@ -181,7 +186,8 @@ class SlabJoin:
     ) -> Rows:
         """Join what is at hand and tell of the packets stamped before an instant."""
         part = self._part(dense, new)
-        followed = follow_part(part, self._clock, self._machine)
+        with side_threads(self._threads, sum(columns.n for columns in part.events.values())):
+            followed = follow_part(part, self._clock, self._machine)
         if not self._is_placed and new.n >= self._placed_by:
             # Where no part has enough packets to tell where the stamps were taken, the one with the most does.
             self._place, self._placed_by = followed.pairs.place, new.n

@@ -8,6 +8,7 @@ import numpy as np
 
 from rxlab.follow.asof import pick
 from rxlab.follow.clockfit import NAT
+from rxlab.follow.together import beside
 from rxlab.read.columns import Columns
 from rxlab.stages import STAGE_INDEX, STAGE_NAMES
 
@@ -53,15 +54,17 @@ class StageTable:
     def take(self, row: np.ndarray) -> StageTable:
         """Return the given rows as a new table, blank where the row is -1."""
         taken = StageTable.blank(len(row))
-        for target, source, none in (
-            (taken.time, self.time, NAT),
-            (taken.cpu, self.cpu, -1),
-            (taken.rank, self.rank, -1),
-        ):
-            for at in range(target.shape[1]):
-                target[:, at] = pick(source[:, at], row, none)
+        times = beside(_take_into, taken.time, self.time, row, NAT)
+        _take_into(taken.cpu, self.cpu, row, -1)
+        _take_into(taken.rank, self.rank, row, -1)
+        times()
         return taken
 
     def seen(self, stage: str) -> np.ndarray:
         """Tell for each row whether the stage was seen."""
         return self.rank[:, STAGE_INDEX[stage]] >= 0
+
+
+def _take_into(target: np.ndarray, source: np.ndarray, row: np.ndarray, missing: int) -> None:
+    for stage in range(target.shape[1]):
+        target[:, stage] = pick(source[:, stage], row, missing)

@@ -20,6 +20,7 @@ from rxlab.follow.match import Matched
 from rxlab.follow.older import readers_seen
 from rxlab.follow.repeats import last_pieces, merged_pieces
 from rxlab.follow.stagetable import StageTable
+from rxlab.follow.together import beside
 from rxlab.read.columns import Columns
 from rxlab.stages import ATTRIBUTIONS, STAGE_INDEX, STAGE_NAMES, STATUSES, stages_without
 
@@ -152,7 +153,7 @@ def required_stages(columns: Columns, evidence: Evidence, merged: np.ndarray, la
     is_data, is_tcp = columns["is_data"], columns["proto"] == TCP
     waits = np.array([name in ("own_wake", "coalesced", "other_wake", "preempted") for name in ATTRIBUTIONS])
     attribution = columns["attribution"]
-    required = np.zeros((n, len(STAGE_NAMES)), bool)
+    required = np.zeros((n, len(STAGE_NAMES)), bool, order="F")
     recorded, is_behind = (
         set(STAGE_NAMES) - set(stages_without(set(evidence.recorded))) - {"nic"},
         evidence.taken.is_behind,
@@ -217,6 +218,7 @@ def give_statuses(
     """Give every row the one status that says what became of it; causes that hide data come before those that explain it."""
     code = {name: index for index, name in enumerate(STATUSES)}
     status = np.full(columns.n, code["complete"], np.int8)
+    negative = beside(gates.order_violations, rows.time, columns["path_kind"])
     has_reader = rows.rank[:, STAGE_INDEX["recvmsg"]] >= 0
     missing = (required & (rows.time == NAT)).any(axis=1)
     is_data, duplicate = columns["is_data"], evidence.is_repeat
@@ -252,7 +254,7 @@ def give_statuses(
         evidence.matched.ambiguous | evidence.taken.anchors_disagree | evidence.clock.inside_step(columns["pcap_time"])
     )
     status[ambiguous & is_data & (~unmatched | has_reader)] = code["ambiguous"]
-    status[gates.order_violations(rows.time, columns["path_kind"])] = code["negative"]
+    status[negative()] = code["negative"]
     return status, reason, table
 
 

@@ -18,6 +18,7 @@ from rxlab.follow.consumption import Consumption
 from rxlab.follow.pairing import StampPlace
 from rxlab.follow.stagetrust import doubt_text, doubtful_stages
 from rxlab.follow.status import FLAGGED, NOT_COUNTED, TCP, UDP, Evidence, has_status, pieces_with
+from rxlab.follow.together import beside
 from rxlab.read.columns import Columns
 from rxlab.stages import STAGE_INDEX, STATUSES
 
@@ -71,6 +72,7 @@ class Tally:
         """Count some packets of a part, the stamps of those that are `new`, some of its copies (masks) and blind windows."""
         evidence, columns = followed.evidence, followed.columns
         taken, residual = evidence.taken, followed.pairs.residual[new]
+        coverage = beside(_coverage, followed, mine)
         status = columns["status"]
         data = mine & columns["is_data"]
         counted, flagged = data & ~has_status(status, NOT_COUNTED), has_status(status, FLAGGED)
@@ -93,7 +95,7 @@ class Tally:
         moved = taken.copies["len"][copies][from_flow >= 0] if len(from_flow) else None
         return cls(
             {name: int(mask.sum()) for name, mask in masks.items()},
-            _coverage(followed, mine),
+            coverage(),
             _new_bytes(columns, np.flatnonzero(consumed & (columns["flow"] >= 0)), evidence.so_far.read, flows.n),
             np.bincount(from_flow[from_flow >= 0], weights=moved, minlength=flows.n).astype(np.int64),
             flows["proto"] == TCP,
