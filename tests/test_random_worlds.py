@@ -65,6 +65,12 @@ FOUND: list[dict[str, Any]] = [
         "seed": 123, "n": 300, "rps": True, "mean_gap_ns": 2_000, "stamp": "bracket", "max_payload": 31, "n_addresses": 1024,
         "work_ns": 25_000, "flows": 8, "readers": 2, "repeat_share": 0.05, "gro": 4, "lost_share": 0.35, "lost_burst": 5.0,
     },
+    # Driver events lost, so that some skbs had their time in the backlog's order and others that in the driver's.
+    {
+        "seed": 40078, "n": 2000, "rps": True, "mean_gap_ns": 8_000, "stamp": "bracket", "max_payload": 31, "merge_share": 0.1,
+        "behind_ack": True, "n_addresses": 64, "work_ns": 5_000, "rings": 1, "repeat_share": 0.05,
+        "blind": ((1, 15_806_192, 18_806_192),), "lost_share": 0.35, "lost_burst": 300.0,
+    },
     # The softirq after netif_rx fell into a blind window.
     {
         "seed": 353, "n": 150, "rps": True, "mean_gap_ns": 2_000, "max_payload": 64, "read_size": 10, "n_addresses": 256,

@@ -11,6 +11,7 @@ from rxlab.follow.clockfit import NAT, ClockMap
 from rxlab.follow.hidden import Hidden
 from rxlab.follow.kernelpath import KernelPath
 from rxlab.follow.match import STALL_NS, TOLERANCE_NS, Matched, classify_stamp, is_place_sure, match_by_flow
+from rxlab.follow.repeats import running_max
 from rxlab.read.columns import Columns
 from rxlab.stages import PATH_KINDS, STAGE_INDEX
 
@@ -123,11 +124,26 @@ def _stamp_windows(
         high = np.where(has_driver, columns["stamp_high"] + tolerance, rx_time + tolerance)
         # GRO hands up, and stamps, at the end of a poll; a packet that was not moved enters the stack right after.
         is_napi = columns["path_kind"] == PATH_KINDS.index("napi")
-        return low, high, np.where(has_driver & ~is_napi, columns["stamp_low"], rx_time)
+        expected = np.where(has_driver & ~is_napi, columns["stamp_low"], rx_time)
+        if not has_driver.all():
+            # A CPU's backlog is a queue: what it processed before another packet had come, and was stamped, before that.
+            limit = _least_of_later(path, high)
+            high = np.where(has_driver, high, np.minimum(high, limit))
+            expected = np.where(has_driver, expected, np.minimum(expected, limit))
+        return low, high, expected
     if position == "tap":
         return rx_time - tolerance, _tap_limit(path, lossy) + tolerance, rx_time
     first = path.first_event()
     return first - STALL_NS, first + tolerance, first
+
+
+def _least_of_later(path: KernelPath, instants: np.ndarray) -> np.ndarray:
+    """Return for each skb the least of the `instants` of it and those that its CPU processed after it."""
+    cpu = path.cpu[:, _RX].astype(np.int64)
+    order = np.lexsort((-path.rank[:, _RX], cpu))
+    least = np.empty(len(instants), np.int64)
+    least[order] = -running_max(-instants[order], cpu[order])
+    return least
 
 
 def _tap_limit(path: KernelPath, lossy: Hidden) -> np.ndarray:
