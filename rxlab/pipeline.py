@@ -403,6 +403,8 @@ def analyze_run(
     dict
         ``dataset, packets, data_packets, trusted, complete, left_out`` (by status), ``verdict, reasons, missing_stages``.
     """
+    if out is not None:
+        rundir.check_out(Path(out), lambda begin: begin.startswith(b"\x89HDF"))
     if (perf or pcap) and chunks is None:
         return _analyze_recordings(path, out, perf, pcap, iface)
     if path is None or perf or pcap:

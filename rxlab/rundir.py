@@ -50,7 +50,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,11 @@ PYPERF_JSON = "pyperf.json"
 MOVES_LOG = "moves.log"
 DATASET = "run.nc"
 VERIFY_JSON = "verify.json"
+# What only recording again would bring back.
+RECORDED = {
+    *(RUN_JSON, HOST_JSON, CLOCK_JSON, COUNTERS_JSON, PERF_DATA, PCAP, "rx.pcapng", FUNCTIONS_LOG),
+    *(APP_LOG, CLIENT_LOG, PYPERF_JSON, MOVES_LOG, "command.log"),
+}
 # Of the folder that holds a sweep's runs: its plan, and the dataset made of them.
 SWEEP_JSON = "sweep.json"
 SWEEP_STORE = "sweep.zarr"
@@ -227,8 +232,40 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
+def check_out(path: Path, is_ours: Callable[[bytes], bool]) -> None:
+    """Refuse an output of the user's choice that cannot be written, or would replace what is not made anew at will.
+
+    Parameters
+    ----------
+    is_ours : callable
+        Whether a file that begins so is an older result of the same kind: that may be replaced, as in every run of a command.
+
+    Raises
+    ------
+    UsageError
+        A folder, or another kind of file: a recording, somebody's notes.
+    """
+    if path.is_dir():
+        raise UsageError("a folder is here", where=str(path), expected="the name of a file", do="Choose another -o.")
+    if not path.exists():
+        return
+    with path.open("rb") as stream:
+        begin = stream.read(64)
+    if begin and not is_ours(begin):
+        raise UsageError(
+            "another kind of file is here",
+            where=str(path),
+            found=f"one that begins {begin[:8]!r}",
+            do="Nothing was replaced. Choose another -o.",
+        )
+
+
 def check_free(path: Path, force: bool = False) -> None:
-    """Refuse a file of the user's choice that is there already, unless it may be replaced."""
+    """Refuse a file of the user's choice that is there already, unless it may be replaced; what was recorded never may."""
+    if not path.parent.is_dir():
+        raise UsageError("no folder for this file", where=str(path), found=f"no {path.parent}", do="Make it first.")
+    if path.name in RECORDED and (path.parent / RUN_JSON).exists() and path.exists():
+        raise UsageError("a file of a recording", where=str(path), do="Nothing was replaced. Choose another -o.")
     if path.exists() and not force:
         raise UsageError(
             "there is a file here already", where=str(path), do="Choose another -o, or give --force to replace it."

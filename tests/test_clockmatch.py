@@ -237,6 +237,19 @@ def test_recordings_of_others_are_aligned_within_the_bound(stamp: str, drift: fl
     assert clock.stamp_position == stamp or "ambiguous_position" in clock.flags
 
 
+def test_packets_on_loopback_are_aligned() -> None:
+    """Both addresses are zero there, and what is sent is what is received."""
+    world = simulate(seed=11, n=1_500, proto="udp", stamp="tap", mean_gap_ns=200_000)
+    receive = world.events["net:netif_receive_skb"]
+    receive.attrs["categories"] = {**receive.attrs["categories"], "name": ["lo"]}
+    zero = np.zeros(world.packets.n, np.uint64)
+    packets = world.packets.with_columns(src_mac=zero, dst_mac=zero, tcp_flags=zero.astype(np.uint16))
+    clock, iface, macs = align_recordings(world.events, packets, perf_clock="CLOCK_MONOTONIC")
+    error = clock.to_monotonic(packets["time"]) - (packets["time"] - OFFSET)
+    assert (iface, macs) == ("lo", {0})
+    assert np.abs(error).max() <= clock.bound_ns <= 10_000
+
+
 def test_packets_that_stall_between_the_driver_and_their_stamp_are_aligned() -> None:
     """One in 200: with the driver's event taken for one that follows the stamp they look lost on both sides."""
     world = simulate(seed=12, n=4_000, proto="udp", stamp="bracket", mean_gap_ns=300_000)

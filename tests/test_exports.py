@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 
@@ -119,3 +120,18 @@ def test_a_file_that_is_there_is_replaced_only_when_told(repo, tmp_path, to, giv
     assert written.read_text() == "years of work"
     assert exports.export_run(repo / "data" / "http", to, tmp_path / given, force=True) == written
     assert b"years of work" not in written.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["rx.pcap", "perf.data", "app.log"])
+def test_a_recording_is_never_replaced(repo, tmp_path, name):
+    run = tmp_path / "run"
+    shutil.copytree(repo / "data" / "tcp-rps-on", run)
+    recorded = (run / name).read_bytes()
+    with pytest.raises(UsageError, match=f"{name}: a file of a recording. Nothing was replaced"):
+        exports.export_run(run, "pcapng", run / name, force=True)
+    assert (run / name).read_bytes() == recorded
+
+
+def test_a_folder_that_is_not_there_is_named(repo, tmp_path):
+    with pytest.raises(UsageError, match="no folder for this file: found no .*missing. Make it first"):
+        exports.export_run(repo / "data" / "http", "csv", tmp_path / "missing" / "x.csv")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from rxlab import __main__ as cli
 from rxlab import pipeline
+from rxlab.errors import RxlabError, UsageError
 from rxlab.record import runfolder
 from rxlab.record.recording import DEFAULT_MIN_FREE
 from rxlab.rundir import write_json
@@ -242,3 +244,36 @@ def test_what_cannot_be_inspected_is_told_what_can(name: str, tmp_path: Path) ->
     assert "perf.data, pcap or pcapng" in done.stderr
     assert "Errno" not in done.stderr
     assert ("rx.pcap" in done.stderr or "run/perf.data" in done.stderr) == (name == "run")
+
+
+@pytest.mark.parametrize(
+    ("command", "name"), [("analyze", "perf.data"), ("analyze", "rx.pcap"), ("report", "rx.pcap"), ("report", "run.nc")]
+)
+def test_an_output_replaces_its_own_kind_only(
+    command: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(Path(__file__).parents[1] / "data" / "tcp-rps-on", run)
+    pipeline.analyze_run(run)
+    kept = (run / name).read_bytes()
+    options = ["--no-notebook"] if command == "report" else []
+    status, lines = run_main(monkeypatch, capsys, command, str(run), "-o", str(run / name), *options)
+    assert status == 2
+    assert len(lines) == 1
+    assert f"{name}: another kind of file is here" in lines[0]
+    assert "Nothing was replaced" in lines[0]
+    assert (run / name).read_bytes() == kept
+
+
+def test_an_older_result_is_replaced(tmp_path: Path) -> None:
+    run, out = Path(__file__).parents[1] / "data" / "tcp-rps-on", tmp_path / "x.nc"
+    first = pipeline.analyze_run(run, out=out)
+    assert pipeline.analyze_run(run, out=out) == first
+
+
+def test_an_output_that_cannot_be_written_is_called_by_its_name(tmp_path: Path) -> None:
+    run = Path(__file__).parents[1] / "data" / "tcp-rps-on"
+    with pytest.raises(RxlabError, match=r"missing/x\.nc: cannot be written: found No such file or directory"):
+        pipeline.analyze_run(run, out=tmp_path / "missing" / "x.nc")
+    with pytest.raises(UsageError, match="a folder is here"):
+        pipeline.analyze_run(run, out=tmp_path)

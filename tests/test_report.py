@@ -133,6 +133,21 @@ def test_a_small_bias_is_not_mentioned(tmp_path):
     assert "Recording itself adds" not in write_report(runs, tmp_path / "r.html").read_text()
 
 
+def test_counters_are_the_sum_of_all_runs():
+    tree = store.build(make_joined(600), run=make_run(), host=make_host())
+    runs = [
+        trust.AnalysedRun(run, make_host(), tree, {**VERIFIED, "counters_agree": {"ok": True, "received_rps": pair}})
+        for run, pair in (
+            (make_run(), {"counter": 1_200, "joined": 1_190}),
+            (make_run(), {"counter": 800, "joined": 799}),
+        )
+    ]
+    (said,) = [
+        check.summary for check in trust.trust_panel(runs, recorded=False, overhead=[]) if "counters" in check.name
+    ]
+    assert said == "agree in 2 of 2 runs; RPS packets: 2,000 counted by the kernel, 1,989 joined"
+
+
 def test_a_run_larger_than_memory_is_read_a_column_at_a_time(tmp_path):
     """What is drawn and told of a run leaves its tables (packet, stage) and (packet, hop) on disk."""
     run = make_run()

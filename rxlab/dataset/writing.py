@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from rxlab.errors import RxlabError
+
 NAT = np.iinfo(np.int64).min
 
 
@@ -19,7 +21,13 @@ def written(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a file to write, mode 0600, that takes its name only when all is written."""
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
+    try:
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
+    except OSError as error:
+        # Not the name of the temporary file, which nobody gave.
+        raise RxlabError(
+            "cannot be written", where=str(target), found=error.strerror, do="Choose another -o."
+        ) from None
     try:
         yield temporary
         with open(temporary, "rb+") as stream:

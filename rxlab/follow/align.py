@@ -80,7 +80,8 @@ def align_recordings(
     refusal: ClockError | None = None
     best: tuple[tuple[bool, int], ClockMap, int] | None = None
     for mac in _candidates(packets):
-        received = packets.take((packets["dst_mac"] == mac) & (packets["src_mac"] != mac))
+        # On lo both addresses are zero, and each packet is shown to a capture once.
+        received = packets.take((packets["dst_mac"] == mac) & ((packets["src_mac"] != mac) | (mac == 0)))
         try:
             pairs = _pair(path, received, events)
             clock = _fit(path, received["time"][pairs.packet], pairs, perf_clock == "CLOCK_MONOTONIC")

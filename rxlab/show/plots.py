@@ -27,6 +27,7 @@ from rxlab.show.style import (
     GREEN,
     GREY,
     INK,
+    LINE_INCHES,
     ORANGE,
     PURPLE,
     SERIES,
@@ -38,6 +39,7 @@ from rxlab.show.style import (
     new_axes,
     quantile_words,
     ratio_ticks,
+    row_height,
     styled,
     wrapped,
 )
@@ -66,7 +68,8 @@ def plot_stage_bars(
         for label, trees in configurations.items()
     }
     hops = [str(hop) for hop in explain.contributions(next(iter(configurations.values()))[0], quantile)["hop"].values]
-    figure, axes = new_axes(8.2, 0.62 * len(tables) + 1.5)
+    names = wrapped(tables)
+    figure, axes = new_axes(8.2, row_height(names, 0.62) * len(tables) + 1.5)
     widest = max(float(table.sum()) for table in tables.values())
     for line, table in enumerate(tables.values()):
         left = 0.0
@@ -102,7 +105,7 @@ def plot_stage_bars(
             va="center",
             fontweight="bold",
         )
-    axes.set_yticks(range(len(tables)), list(tables))
+    axes.set_yticks(range(len(tables)), names)
     axes.invert_yaxis()
     axes.set_xlim(0, widest / 1e3 * 1.12)
     axes.set_xlabel("latency from the first kernel stage (µs)")
@@ -167,8 +170,11 @@ def plot_ecdf(
     series : mapping of str to sequence of float64 arrays, ns
         Configuration -> its runs.
     """
-    figure, axes = new_axes(8.2, 3.9)
-    for index, (label, runs) in enumerate(series.items()):
+    names = wrapped(series)
+    # The legend lies in the plot: beyond some lines the plot grows with it.
+    lines = sum(name.count("\n") + 1 for name in names)
+    figure, axes = new_axes(8.2, 3.9 + LINE_INCHES * max(lines - 8, 0))
+    for index, (label, runs) in enumerate(zip(names, series.values(), strict=True)):
         for number, values in enumerate(run[~np.isnan(run)] for run in runs):
             if len(values):
                 latency, above = tail_curve(values)

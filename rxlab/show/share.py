@@ -22,7 +22,7 @@ from rxlab.dataset import schema
 from rxlab.dataset.run import open_run
 from rxlab.dataset.store import save
 from rxlab.errors import FormatError, RxlabError
-from rxlab.rundir import RUN_JSON, list_runs
+from rxlab.rundir import RUN_JSON, check_out, list_runs
 from rxlab.show.redact import Redactor
 from rxlab.show.report import write_report
 
@@ -119,6 +119,10 @@ def write_notebook(
     return target
 
 
+def _is_page(begin: bytes) -> bool:
+    return begin.lstrip().lower().startswith(b"<!doctype html")
+
+
 def report_runs(
     paths: Sequence[str | os.PathLike[str]],
     out: str | os.PathLike[str],
@@ -133,6 +137,7 @@ def report_runs(
     dict of str to Path
         ``"report"``, ``"notebook"``.
     """
+    check_out(Path(out), _is_page)
     runs = [open_run(found.path) for path in paths for found in list_runs(path)]
     if not runs:
         raise FormatError(

@@ -100,7 +100,7 @@ def workload_differences(runs: Sequence[AnalysedRun]) -> list[dict[str, str]]:
     """Return, for each run, the fields of its workload that differ between runs of one arm, with their values as text.
 
     Fields that the experiment itself varied belong to the configuration. Traced runs may be shorter than untraced ones: arms
-    are never pooled, so a difference between them alone does not count.
+    are never pooled, so a difference between them alone does not count. What a workload does not have is not in its labels.
     """
     workloads = [run.run.get("workload") or {} for run in runs]
     configured = {_ALIASES.get(name, name) for run in runs for name in run.run.get("configuration") or {}}
@@ -114,7 +114,7 @@ def workload_differences(runs: Sequence[AnalysedRun]) -> list[dict[str, str]]:
         for name in names
         if name not in _INCIDENTAL | configured and any(len(found) > 1 for found in values[name].values())
     ]
-    return [{name: str(workload.get(name)) for name in varied} for workload in workloads]
+    return [{name: str(workload[name]) for name in varied if workload.get(name) is not None} for workload in workloads]
 
 
 def trust_panel(runs: Sequence[AnalysedRun], *, recorded: bool, overhead: Sequence[tuple[str, float]]) -> list[Check]:
@@ -366,10 +366,9 @@ def _counters(runs: Sequence[AnalysedRun]) -> Check:
     ]
     if not oks:
         return Check("Kernel counters against the join", NONE, "not compared")
-    detail = ""
-    for answer in answers:
-        if isinstance(answer, dict) and (pair := answer.get("received_rps")) and pair.get("counter"):
-            detail = f"; RPS packets: {int(pair['counter']):,} counted by the kernel, {int(pair['joined']):,} joined"
+    pairs = [answer["received_rps"] for answer in answers if isinstance(answer, dict) and answer.get("received_rps")]
+    counted, joined = (sum(int(pair.get(key) or 0) for pair in pairs) for key in ("counter", "joined"))
+    detail = f"; RPS packets: {counted:,} counted by the kernel, {joined:,} joined" if counted else ""
     return Check(
         "Kernel counters against the join",
         GOOD if all(oks) else BAD,
