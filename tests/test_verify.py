@@ -163,6 +163,23 @@ def test_counters_that_disagree_are_reported() -> None:
         assert verify_join(joined, None, counters={"softnet_stat": rows})["counters_agree"]["ok"] is ok
 
 
+def test_packets_without_their_ipi_may_have_been_counted_while_perf_was_blind() -> None:
+    _, joined = joined_of("tcp", rps=True)
+    at = STAGE_INDEX["rps_ipi"]
+    linked = np.flatnonzero(joined.time[:, at] != NAT)
+    counted = len(np.unique(joined.time[linked, at]))
+    joined.time[linked[:120], at] = NAT
+    rows = [{"cpu": 1, "processed": joined.packets.n, "received_rps": counted}]
+    agree = verify_join(joined, None, counters={"softnet_stat": rows})["counters_agree"]
+    assert agree["received_rps"]["joined"] < counted - 64
+    assert agree["ok"] is False
+    stack = joined.time[:, STAGE_INDEX["netif_receive_skb"]]
+    joined.gates["blind"]["window_ns"] = int(np.ptp(stack[stack != NAT])) // 2
+    assert verify_join(joined, None, counters={"softnet_stat": rows})["counters_agree"]["ok"] is True
+    rows[0]["received_rps"] = 3 * counted
+    assert verify_join(joined, None, counters={"softnet_stat": rows})["counters_agree"]["ok"] is False
+
+
 def test_more_events_than_the_kernel_counted_are_reported() -> None:
     world, joined = joined_of("tcp", rps=True)
     arrivals = joined.time[:, STAGE_INDEX["rps_ipi"]]
