@@ -522,7 +522,8 @@ def test_the_command_of_a_user_is_a_workload(tmp_path: Path, transaction: Any) -
         transaction=transaction,
     )  # fmt: skip
     assert run.run["status"] == "partial"
-    assert run.run["problems"] == ["the workload's client ended with status 3"]
+    # Whatever else the real host's settings did meanwhile is a problem of its own.
+    assert "the workload's client ended with status 3" in run.run["problems"]
 
 
 def test_a_size_limit_ends_the_run_early(tmp_path: Path, transaction: Any) -> None:
