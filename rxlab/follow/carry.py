@@ -17,8 +17,8 @@ import pandas as pd
 from rxlab.follow.asof import AsOf, pick
 from rxlab.follow.consumption import TASK_INTERRUPTIBLE, sleeps
 from rxlab.follow.handshake import COMPLETES, SYN
-from rxlab.follow.join import Followed, Known
 from rxlab.follow.kernelpath import KernelPath, event_columns, task_ids
+from rxlab.follow.parts import Followed, Known
 from rxlab.follow.status import TCP
 from rxlab.read.columns import Columns
 from rxlab.stages import STAGE_INDEX

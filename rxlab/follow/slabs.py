@@ -18,12 +18,13 @@ from rxlab.follow.consumption import MSG_PEEK
 from rxlab.follow.feeding import Earlier, Fed
 from rxlab.follow.handshake import COMPLETES, accept_returns, accept_times
 from rxlab.follow.hidden import blind_windows, combine_windows
-from rxlab.follow.join import Followed, Joined, Known, Part, comm_of, follow_part, refuse_without_packets
+from rxlab.follow.join import Joined, comm_of, follow_part, refuse_without_packets
 from rxlab.follow.kernelpath import event_columns
 from rxlab.follow.match import STALL_NS
 from rxlab.follow.older import RECEIVE as CALLS
 from rxlab.follow.older import as_on_newer_kernels
 from rxlab.follow.pairing import StampPlace
+from rxlab.follow.parts import Followed, Known, Part
 from rxlab.follow.received import Machine
 from rxlab.follow.repeats import last_pieces
 from rxlab.follow.rowtable import RowTable

@@ -6,7 +6,7 @@ What the gates count is a sum over packets, so the parts of a recording are coun
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,14 +16,12 @@ from rxlab.follow.asof import pick
 from rxlab.follow.clockfit import NAT, RESIDUAL_QUANTILES, ClockMap
 from rxlab.follow.consumption import Consumption
 from rxlab.follow.pairing import StampPlace
+from rxlab.follow.parts import Followed
 from rxlab.follow.stagetrust import doubt_text, doubtful_stages
 from rxlab.follow.status import FLAGGED, NOT_COUNTED, TCP, UDP, Evidence, has_status, pieces_with
 from rxlab.follow.together import beside
 from rxlab.read.columns import Columns
 from rxlab.stages import STAGE_INDEX, STATUSES
-
-if TYPE_CHECKING:
-    from rxlab.follow.join import Followed
 
 MAX_FLAGGED = 0.01
 # tcpdump runs a little longer than perf: some of a live capture's packets always lie outside.
