@@ -19,6 +19,7 @@ from rxlab.host.access import HostAccess
 from rxlab.host.functiontrace import function_tracing_lack
 from rxlab.host.idlecheck import check_idle_task
 from rxlab.host.journalfile import default_journal_dir
+from rxlab.host.recovery import journal_owners
 from rxlab.host.tools import find_tool
 from rxlab.host.topology import is_running, read_queues
 from rxlab.host.tracepoints import check_tracepoints, tracefs_dir
@@ -356,9 +357,21 @@ def _check_settings(netns: str | None) -> list[Check]:
             None if journal_ok else "Run with sudo",
         ),
     ]
-    left = [path.name for path in journal.glob("*.journal")] if os.path.isdir(journal) and journal_ok else []
-    if left:
-        checks.append(Check("left over", "warn", f"{len(left)} journals of runs: alive, or dead", "rxlab restore"))
+    return checks + (_check_journals(journal) if os.path.isdir(journal) and journal_ok else [])
+
+
+def _check_journals(folder: Path) -> list[Check]:
+    """Tell whose the journals are: a run that is alive puts its settings back itself, a dead one has left them."""
+    owners = journal_owners(folder)
+    alive = sorted({pid for pid in owners.values() if pid is not None})
+    dead = [name for name, pid in owners.items() if pid is None]
+    checks = []
+    if alive:
+        pids = ", ".join(map(str, alive))
+        checks.append(Check("in use", "ok", f"by pid {pids}: a run with settings or helpers of its own"))
+    if dead:
+        found = f"{len(dead)} journal{'s' if len(dead) > 1 else ''} of runs that died: {', '.join(dead[:3])}"
+        checks.append(Check("left over", "warn", found, "rxlab restore"))
     return checks
 
 

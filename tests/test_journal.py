@@ -19,6 +19,7 @@ from host_builder import EBUSY, EIO, EPERM, FakeHost, tree_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rxlab import doctor
 from rxlab.errors import HostSettingError
 from rxlab.host import journalfile
 from rxlab.host.access import HostAccess
@@ -428,6 +429,19 @@ def test_journals_of_an_earlier_boot_are_dropped(host: FakeHost, folder: Path) -
     assert tree_bytes(host.root) == after_boot
     assert process_start(pid) == start, "a pid of another boot is somebody else's"
     os.kill(pid, signal.SIGKILL)
+
+
+def test_doctor_tells_a_run_that_is_alive_from_one_that_died(host: FakeHost, folder: Path) -> None:
+    with change(host, folder, {"netdev_budget": 7}):
+        (alive,) = doctor._check_journals(folder)
+    assert (alive.name, alive.status, alive.do) == ("in use", "ok", None)
+    assert f"pid {os.getpid()}:" in alive.found
+    assert doctor._check_journals(folder) == []
+    kill_with_watchdog(host, folder)
+    (dead,) = doctor._check_journals(folder)
+    assert (dead.name, dead.status, dead.do) == ("left over", "warn", "rxlab restore")
+    assert next(folder.glob("*.journal")).name in dead.found
+    assert restore(folder).ok, "looking took no lock"
 
 
 def test_a_line_cut_short_is_an_action_that_never_began(host: FakeHost, folder: Path) -> None:

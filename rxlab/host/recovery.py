@@ -55,9 +55,8 @@ def restore(journal_dir: Path | None = None) -> RestoreReport:
                 if is_free:
                     report.add(undo(records, path))
                     break
-                owner = records[0] if records else {"pid": 0, "start": 0}
-                if process_start(owner["pid"]) == owner["start"]:
-                    report.messages.append(f"{path.name}: process {owner['pid']} is running, left alone")
+                if owner := living_owner(records):
+                    report.messages.append(f"{path.name}: process {owner} is running, left alone")
                     break
                 if time.monotonic() > deadline:
                     report.failed.append(f"{path}: its owner is dead but its lock is held")
@@ -70,6 +69,28 @@ def restore(journal_dir: Path | None = None) -> RestoreReport:
     if not report.lines():
         report.messages.append("nothing to restore")
     return report
+
+
+def living_owner(records: list[Record]) -> int | None:
+    """Return the process that a journal belongs to, None where it is dead or the host was started anew since."""
+    if not records or records[0]["boot_id"] != boot_id():
+        return None
+    return int(records[0]["pid"]) if process_start(records[0]["pid"]) == records[0]["start"] else None
+
+
+def journal_owners(folder: Path) -> dict[str, int | None]:
+    """Return the living owner of each journal, by file name; nothing is locked, so whoever undoes one is not disturbed."""
+    owners: dict[str, int | None] = {}
+    for path in sorted(folder.glob("*" + SUFFIX)):
+        try:
+            journal = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
+        try:
+            owners[path.name] = living_owner(read_records(journal))
+        finally:
+            os.close(journal)
+    return owners
 
 
 def undo(records: list[Record], path: Path) -> RestoreReport:
