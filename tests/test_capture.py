@@ -26,7 +26,7 @@ from rxlab.record.perfrecord import PerfRecorder, count_lost, filter_of, split_e
 from rxlab.record.recording import Recording
 from rxlab.record.spinner import start_spinners, stop_spinners
 from rxlab.record.workload import Workload
-from rxlab.rundir import open_rundir, write_json
+from rxlab.rundir import write_json
 
 # What tcpdump 4.99 prints: at its start, on SIGUSR1 (one line), at its end (three lines).
 TCPDUMP_START = "tcpdump: listening on lo, link-type EN10MB (Ethernet), snapshot length 192 bytes\n"
@@ -435,22 +435,22 @@ def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
         capture(tmp_path, iface="lo", duration=1, events="none")
 
 
-def test_a_failed_start_says_so_in_the_run(tmp_path: Path, transaction: Any) -> None:
+def test_a_failed_start_leaves_nothing_and_the_user_s_own_files(tmp_path: Path, transaction: Any) -> None:
     load = Workload(messages=5, remote="ssh:box")
     os.environ["PATH"], path = f"{tmp_path}:{os.environ['PATH']}", os.environ["PATH"]
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
     try:
         (tmp_path / "ssh").write_text("#!/bin/sh\necho 'no route' >&2\nexit 255\n")
         (tmp_path / "ssh").chmod(0o755)
-        with pytest.raises(CaptureError, match="no route"):
-            capture(
-                tmp_path / "run", iface="lo", workload=load, events="none", idle="off", transaction=transaction
-            )  # fmt: skip
+        for out in (tmp_path / "new" / "run", mine):
+            with pytest.raises(CaptureError, match="no route"):
+                capture(out, iface="lo", workload=load, events="none", idle="off", transaction=transaction)
     finally:
         os.environ["PATH"] = path
-    run = open_rundir(tmp_path / "run")
-    assert run.run["status"] == "failed"
-    assert "no route" in run.run["problems"][0]
-    assert not (run.path / runfolder.RESERVE).exists()
+    assert {entry.name for entry in tmp_path.iterdir()} == {"ssh", "mine", "journal"}
+    assert [entry.name for entry in mine.iterdir()] == ["notes.txt"]
 
 
 def failed_run(folder: Path) -> None:

@@ -289,3 +289,22 @@ def test_another_workload_is_another_sweep(tmp_path: Path, journal: Journal, rec
     run_all(tmp_path, journal)
     with pytest.raises(UsageError, match="another sweep"):
         run_all(tmp_path, journal, workload=Workload(messages=7))
+
+
+def test_a_sweep_refused_at_its_first_run_leaves_nothing(
+    tmp_path: Path, journal: Journal, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(out: Path, **options: Any) -> RunDir:
+        raise CaptureError("the lights are out")
+
+    monkeypatch.setattr(sweeping, "capture", refuse)
+    with pytest.raises(CaptureError, match="lights are out"):
+        run_all(tmp_path / "new" / "sweep", journal)
+    assert list(tmp_path.iterdir()) == []
+    # Where a run is there the plan stays, so that the sweep can be taken up again.
+    monkeypatch.setattr(sweeping, "capture", recorder)
+    run_all(tmp_path / "sweep", journal, reps=1)
+    monkeypatch.setattr(sweeping, "capture", refuse)
+    with pytest.raises(CaptureError, match="lights are out"):
+        run_all(tmp_path / "sweep", journal, reps=2)
+    assert (tmp_path / "sweep" / "sweep.json").exists()

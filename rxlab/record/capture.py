@@ -35,11 +35,12 @@ from rxlab.record.recording import ARM_OF, DEFAULT_MIN_FREE, DEFAULT_SNAPLEN, Re
 from rxlab.record.runfolder import (
     check_space,
     command_line,
-    drop_recordings,
     give_to_invoker,
+    leave_nothing,
     make_folder,
     release_space,
     reserve_space,
+    unused_removed,
 )
 from rxlab.record.spinner import all_cpus, start_spinners, stop_spinners
 from rxlab.record.testbed import NETNS_FOLDER, Endpoint, Testbed, endpoint_of, sender_of
@@ -176,7 +177,7 @@ def capture(
     Raises
     ------
     CaptureError
-        The capture could not start. The run directory then says "failed", and the next capture may take it.
+        The capture could not start; it then leaves nothing behind. Where traffic had begun, the run directory says "failed".
     """
     if events not in ARM_OF:
         raise UsageError(f"unknown event preset {events!r}", expected=", ".join(ARM_OF))
@@ -213,10 +214,11 @@ def capture(
     dst = testbed.dst if testbed is not None else endpoint_of(iface, netns)
     if min_free:
         check_space(Path(out), ring_bytes(pages_within(pages, max_size)) if recording.events else 0, min_free)
-    folder = make_folder(Path(out))
     run = first_record(recording, dst, testbed, load, duration)
     run |= {"configuration": dict(configuration or {}), "sweep": dict(sweep) if sweep else None}
-    with apply() if transaction is None else nullcontext(transaction) as journal, noted_interrupts() as interrupts:
+    own = apply() if transaction is None else nullcontext(transaction)
+    with unused_removed(Path(out)), own as journal, noted_interrupts() as interrupts:
+        folder = make_folder(Path(out))
         session = Session(folder, run, recording, dst, journal, interrupts=interrupts)
         session.save()
         try:
@@ -474,14 +476,15 @@ def said(session: Session, who: str) -> str:
 
 
 def fail(session: Session, error: BaseException) -> None:
-    """Stop what runs and mark the run as failed."""
+    """Stop what runs; mark the run as failed, or leave nothing of one that never had traffic."""
     for recorder in (session.perf, session.pcap):
         if recorder is not None:
             recorder.kill()
     if session.run["status"] in ("partial", "complete"):
         return
     if not session.has_begun:
-        drop_recordings(session.out)
+        leave_nothing(session.out)
+        return
     session.run["status"] = "failed"
     session.problem(error.line() if isinstance(error, RxlabError) else repr(error))
     keep(session, RUN_JSON, session.run)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rxlab.errors import CaptureError, RxlabError, StoppedError
@@ -44,13 +46,25 @@ def check_space(out: Path, needed: int, keep: int = DEFAULT_MIN_FREE) -> None:
         )
 
 
+@contextmanager
+def unused_removed(folder: Path) -> Iterator[None]:
+    """Remove the folders that the block made on the way to this one and left empty, if it ends in an error."""
+    missing = [place for place in (folder.absolute(), *folder.absolute().parents) if not place.exists()]
+    try:
+        yield
+    except BaseException:
+        for place in missing:
+            with suppress(OSError):  # not made, or not empty
+                place.rmdir()
+        raise
+
+
 def make_folder(out: Path) -> Path:
     """Make the run directory, for its owner only; refuse one that holds a run, but clear one that recorded nothing."""
     if (out / RUN_JSON).exists():
         if not recorded_nothing(out):
             raise CaptureError("there is a run here already", where=str(out), do="Choose another -o, or remove it.")
-        for name in (RUN_JSON, HOST_JSON, CLOCK_JSON, COUNTERS_JSON, COMMAND_LOG, RESERVE):
-            (out / name).unlink(missing_ok=True)
+        leave_nothing(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         out.chmod(0o700)
@@ -60,7 +74,7 @@ def make_folder(out: Path) -> Path:
 
 
 def recorded_nothing(out: Path) -> bool:
-    """Tell whether a run failed before any traffic: :func:`drop_recordings` has left no recording and no log of it."""
+    """Tell whether a run failed before any recording or log was written."""
     try:
         status = read_json(out / RUN_JSON).get("status")
     except (OSError, RxlabError):
@@ -96,9 +110,9 @@ def stopped(out: Path, go_on: str) -> StoppedError:
     )
 
 
-def drop_recordings(out: Path) -> None:
-    """Remove what recorders and logs wrote before there was any traffic."""
-    for name in RECORDINGS:
+def leave_nothing(out: Path) -> None:
+    """Remove every file that a capture makes: there was no traffic, and the error said why."""
+    for name in (*RECORDINGS, RUN_JSON, HOST_JSON, CLOCK_JSON, COUNTERS_JSON, COMMAND_LOG, RESERVE):
         (out / name).unlink(missing_ok=True)
 
 
@@ -120,6 +134,8 @@ def release_space(out: Path) -> None:
 
 def give_to_invoker(folder: Path) -> None:
     """Hand the run to the user behind sudo, so that a Jupyter kernel of theirs can read what it had captured."""
+    if not folder.is_dir():
+        return
     uid, gid = os.environ.get("SUDO_UID", ""), os.environ.get("SUDO_GID", "")
     if os.geteuid() != 0 or not uid.isdigit() or not gid.isdigit():
         return

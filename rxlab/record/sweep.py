@@ -11,7 +11,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from rxlab.host.topology import resolve_intents
 from rxlab.host.undo import interrupt_later
 from rxlab.record.capture import capture, note_restored
 from rxlab.record.recording import ARM_OF
+from rxlab.record.runfolder import unused_removed
 from rxlab.record.testbed import Testbed
 from rxlab.record.workload import Command, Workload
 from rxlab.rundir import RUN_JSON, SWEEP_JSON, RunDir, open_rundir, read_json, write_json
@@ -196,7 +197,6 @@ def sweep(
     folder = Path(out)
     described = workload.describe() if workload is not None else None
     content = {"configurations": configurations, "arms": arms, "seed": seed, "order": order, "workload": described}
-    remember_plan(folder, content | {"labels": labels or []}, reps)
     own = apply(allow_system_changes=allow_system_changes, yes_this_nic=yes_this_nic)
     iface = testbed.dst.iface if testbed is not None else iface
     netns = testbed.dst.netns if testbed is not None else netns
@@ -212,7 +212,8 @@ def sweep(
             capture_options,
             partial(remember_repeated, folder),
         )
-        yield from record_cells(engine, cells, warm_up=warm_up, progress=progress)
+        with unused_removed(folder), planned(folder, content | {"labels": labels or []}, reps):
+            yield from record_cells(engine, cells, warm_up=warm_up, progress=progress)
 
 
 def record_cells(
@@ -369,6 +370,19 @@ def remember_plan(folder: Path, content: Mapping[str, Any], reps: int) -> None:
             )
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, {**plain, "repetitions": reps, "repeated": earlier.get("repeated", [])})
+
+
+@contextmanager
+def planned(folder: Path, content: dict[str, Any], reps: int) -> Iterator[None]:
+    """Keep the plan in sweep.json while its cells are recorded, and afterwards unless an error came before the first run."""
+    is_first = not (folder / SWEEP_JSON).exists()
+    remember_plan(folder, content, reps)
+    try:
+        yield
+    except BaseException:
+        if is_first and not any(folder.glob(f"*/{RUN_JSON}")):
+            (folder / SWEEP_JSON).unlink(missing_ok=True)
+        raise
 
 
 def remember_repeated(folder: Path, cell: Cell, problems: Sequence[str]) -> None:
