@@ -7,11 +7,15 @@ import numpy as np
 from rxlab.dataset import schema, stats, store
 from rxlab.follow.clockfit import NAT
 from rxlab.follow.join import Joined, join
+from rxlab.follow.slabs import join_in_slabs
 from rxlab.follow.stagetrust import STAGE_VERDICTS, doubtful_stages, stage_verdicts
+from rxlab.follow.verify import verify_join
 from rxlab.read.columns import Columns
+from rxlab.show.trust import AnalysedRun
 from rxlab.stages import STAGE_INDEX, STAGE_NAMES, STATUSES
 from tests.joined_builder import make_host, make_run
 from tests.simulate import simulate
+from tests.slab_builder import differences, slabs_of
 
 RX, COPY = STAGE_INDEX["netif_receive_skb"], STAGE_INDEX["copy"]
 
@@ -81,3 +85,25 @@ def test_a_clean_world_trusts_every_stage_it_requires() -> None:
     required = coverage["expected"].values > 0
     assert (coverage["verdict"].values[required] == STAGE_VERDICTS.index("trusted")).all()
     assert (coverage["doubtful"].values == 0).all()
+
+
+def test_a_refused_run_trusts_no_packet_and_gives_statistics_none() -> None:
+    """More than half of the captured packets are not in the events: what is paired all the same may be another packet's."""
+    world = simulate(lost_share=0.0, n=600, mean_gap_ns=60_000)
+    receive = world.events["net:netif_receive_skb"]
+    events = {**world.events, "net:netif_receive_skb": receive.take(np.arange(2 * receive.n // 5))}
+    joined = join(events, world.packets, world.clock, world.machine)
+    assert joined.verdict == "refused"
+    complete = joined.packets["status"] == STATUSES.index("complete")
+    assert complete.sum() > 100
+    assert not joined.packets["trusted"].any()
+    tree = store.build(joined, run=make_run(), host=make_host())
+    packets = tree["packets"].to_dataset()
+    assert stats.usable(packets).sum() == 0
+    assert stats.left_out(packets)["complete"] == (complete & joined.packets["is_data"]).sum()
+    assert not AnalysedRun(make_run(), make_host(), tree, None).can_explain
+    found = verify_join(joined, None)
+    assert (found["trusted"], found["left_out"]) == (0, stats.left_out(packets))
+    assert found["misjoined"] is None
+    slabs = slabs_of(events, world.packets, world.machine, 5)
+    assert differences(joined, join_in_slabs(slabs, world.clock, world.machine)) == {}

@@ -149,7 +149,7 @@ def _packets() -> list[Variable]:
         v("attribution", p, "int8", "1", "", "attribution", "why the reader ran when it did", flags=ATTRIBUTIONS),
         v("status", p, "int8", "1", "", "status", "what became of the packet; statistics use complete rows", flags=STATUSES),
         v("trusted", p, "bool", "1", "", "trusted",
-          "the call that read the packet is named without doubt: status complete, or lost or blind with stages that were not delivered"),
+          "the call that read the packet is named without doubt: status complete, or lost or blind with stages that were not delivered; never in a refused run"),
         v("is_data", p, "bool", "1", "", "carries payload", "payload a reader can consume; the denominator of completeness"),
         v("drop_reason", p, "int16", "1", "", "drop reason", "reason of skb:kfree_skb, code of the attribute flag_meanings", "0: not dropped", True),
     ]  # fmt: skip

@@ -184,13 +184,14 @@ def usable(packets: xr.Dataset) -> np.ndarray:
     """Return which rows statistics use; bool array, dims (packet,).
 
     Complete data packets: trusted, and with every stage their path must show. Those trusted although stages were not delivered
-    (status lost or blind) name their reader, but their hops would reach over what is missing.
+    (status lost or blind) name their reader, but their hops would reach over what is missing. Of a refused run none is trusted.
     """
-    return (packets["status"].values == STATUSES.index("complete")) & packets["is_data"].values.astype(bool)
+    rows = (packets["status"].values == STATUSES.index("complete")) & packets["is_data"].values.astype(bool)
+    return rows & packets["trusted"].values.astype(bool) if "trusted" in packets else rows
 
 
 def left_out(packets: xr.Dataset) -> dict[str, int]:
-    """Return how many data packets statistics leave out, by status."""
+    """Return how many data packets statistics leave out, by status; complete ones are left out of a refused run only."""
     rows = packets["is_data"].values.astype(bool) & ~usable(packets)
     counts = np.bincount(packets["status"].values[rows], minlength=len(STATUSES))
     return {name: int(count) for name, count in zip(STATUSES, counts, strict=True) if count}

@@ -45,7 +45,7 @@ from rxlab.follow.status import (
 from rxlab.follow.streambounds import confirm_streams
 from rxlab.follow.streams import consume_streams
 from rxlab.follow.together import beside, side_threads
-from rxlab.follow.verdict import Tally, clock_told, give_verdict
+from rxlab.follow.verdict import REFUSED, Tally, clock_told, give_verdict
 from rxlab.follow.wake import Consumed, Since, Wake, attribute, first_wakes
 from rxlab.read.columns import Columns
 from rxlab.stages import ORDER, PATH_KINDS, STAGE_INDEX
@@ -142,6 +142,7 @@ def join(
     columns, rows = followed.columns, followed.rows
     clock = clock_told(clock, followed.pairs.place, tally)
     gates, verdict, reasons = give_verdict(tally, clock, lost, damage)
+    columns = columns.with_columns(trusted=columns["trusted"] & (verdict != REFUSED))
     return Joined(rows.time, rows.cpu, columns, flows, tally.coverage, clock, gates, verdict, reasons)
 
 

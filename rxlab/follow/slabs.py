@@ -30,7 +30,7 @@ from rxlab.follow.repeats import last_pieces
 from rxlab.follow.rowtable import RowTable
 from rxlab.follow.status import FlowsSoFar, pieces_with
 from rxlab.follow.together import side_threads
-from rxlab.follow.verdict import Tally, clock_told, give_verdict
+from rxlab.follow.verdict import REFUSED, Tally, clock_told, give_verdict
 from rxlab.read.columns import Columns
 from rxlab.stages import STAGE_INDEX, SUBSTITUTES
 
@@ -433,6 +433,8 @@ def join_in_slabs(
     joined, rows = slabs.result(), slice(None)
     comm, comms = slabs.comm_of(table.columns["tid"])
     table.write(rows, {"comm": comm})
+    if joined.verdict == REFUSED:
+        table.write(rows, {"trusted": np.zeros(recording.n_packets, bool)})
     row, accepted = slabs.accepted()
     table.write(row, {"accept_time": accepted})
     time, cpu = table.columns.pop("stage_time"), table.columns.pop("stage_cpu")

@@ -24,6 +24,8 @@ from rxlab.read.columns import Columns
 from rxlab.stages import STAGE_INDEX, STATUSES
 
 MAX_FLAGGED = 0.01
+# Of a run with this verdict no row is trusted: a pair that looks certain rests on the same map of clocks as those that are not there.
+REFUSED = "refused"
 # tcpdump runs a little longer than perf: some of a live capture's packets always lie outside.
 MAX_OUTSIDE = 0.25
 
@@ -35,7 +37,8 @@ class Tally:
     Attributes
     ----------
     counts : dict of str to int
-        ``data`` packets, those ``counted``, ``flagged``, ``matched``, ``outside``, ``in_doubt``; those of any that are flagged
+        ``data`` packets, those ``counted``, ``flagged``, ``matched``, ``excused`` (not matched: perf says that it lost events there),
+        ``outside``, ``in_doubt``; those of any that are flagged
         (``doubted``) and have a ``certain`` reader all the same; and violations by gate.
     coverage : Columns, dims (stage,)
     on_wire, copied : int64 arrays, dims (flow,)
@@ -79,6 +82,7 @@ class Tally:
             "counted": counted,
             "flagged": counted & flagged,
             "matched": counted & (evidence.matched.event >= 0),
+            "excused": counted & (evidence.matched.event < 0) & has_status(status, ("lost",)),
             "outside": data & has_status(status, ("outside_window",)),
             "doubted": data & flagged,
             "certain": data & flagged & columns["trusted"],
@@ -207,10 +211,12 @@ def give_verdict(
         "flagged": {"ok": fraction <= MAX_FLAGGED, "violations": flagged, "fraction": fraction},
     }
     if not n:
-        verdict, reasons = "refused", ["no data packets were received while perf was recording"]
-    elif clock.stamp_position == "unknown" or counts["matched"] / n < 0.5:
-        verdict = "refused"
+        verdict, reasons = REFUSED, ["no data packets were received while perf was recording"]
+    elif clock.stamp_position == "unknown" or counts["matched"] < max(0.5 * (n - counts["excused"]), 1):
+        verdict = REFUSED
         reasons = ["fewer than half of the captured data packets were found in the kernel's events"]
+        if counts["excused"]:
+            reasons[0] += f", and {counts['excused']} of them are excused by losses that perf reported"
     else:
         failed = [name for name, gate in told.items() if not gate["ok"]]
         verdict = "degraded" if failed or damage else "trusted"

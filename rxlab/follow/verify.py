@@ -127,7 +127,7 @@ def verify_join(
         "verdict": joined.verdict,
         "reasons": list(joined.reasons),
         "statuses": _counts(names),
-        "left_out": _counts(names[columns["is_data"] & (names != "complete")]),
+        "left_out": _counts(names[columns["is_data"] & ~((names == "complete") & columns["trusted"])]),
     }
     if app_log is not None and len(app_log):
         call = calls_of_packets(joined, app_log, messages)
