@@ -372,8 +372,7 @@ def report(
     from rxlab.show.share import report_runs
 
     with _working("writing the report"):
-        written = report_runs(runs, out, reveal=reveal, notebook=notebook)
-    print("\n".join(f"{kind}: {path}" for kind, path in written.items()))
+        report_runs(runs, out, reveal=reveal, notebook=notebook, say=_say)
 
 
 @app.command()

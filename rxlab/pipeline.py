@@ -11,6 +11,7 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,6 +134,7 @@ def demo(
         say=say,
     )
     assert report is not None  # only a dry run has none
+    say("RPS is all this asked about; 'rxlab sweep rps_rfs --testbed --allow-system-changes' asks about RFS too")
     return report
 
 
@@ -142,7 +144,7 @@ def _demo_on_recorded(folder: Path, say: Callable[[str], None]) -> Path:
     for source in recorded:
         target = folder / source.path.name
         shutil.copytree(source.path, target)
-    return _analyze_and_report([open_run(folder / source.path.name) for source in recorded], folder, say, recorded=True)
+    return _analyze_and_report([folder / source.path.name for source in recorded], folder, say, recorded=True)
 
 
 def recorded_runs() -> list[Run]:
@@ -227,6 +229,7 @@ def experiment(
     from rxlab.host.journal import apply
     from rxlab.record.plan import check_disk, host_lines
     from rxlab.record.ports import open_testbed
+    from rxlab.record.runfolder import unused_removed
     from rxlab.record.sweep import plan_sweep, sweep
     from rxlab.record.workload import Command, Workload
 
@@ -239,11 +242,11 @@ def experiment(
     fields = {key: value for key, value in (workload or {}).items() if value is not None}
     traffic = Command(list(command)) if command else Workload(**fields)
     check_disk(folder, traffic, cells)
-    _make_room(folder)
     blind = idle_task_is_blind() if idle == "auto" else None
     runs = []
     with ExitStack() as stack:
-        stack.callback(_remove_if_empty, folder)
+        stack.enter_context(unused_removed(folder))
+        _make_room(folder)
         journal = stack.enter_context(apply(allow_system_changes=allow_system_changes, yes_this_nic=yes_this_nic))
         bed = stack.enter_context(open_testbed(testbed, registry=journal)) if testbed else None
         recorded = sweep(
@@ -265,7 +268,7 @@ def experiment(
         for rundir_of_cell in recorded:
             for problem in rundir_of_cell.run.get("problems") or []:
                 say(f"  {rundir_of_cell.path.name}: {problem}")
-            runs.append(open_run(rundir_of_cell.path))
+            runs.append(rundir_of_cell.path)
     return _analyze_and_report(runs, folder, say)
 
 
@@ -335,12 +338,6 @@ def _make_room(folder: Path) -> None:
         )
 
 
-def _remove_if_empty(folder: Path) -> None:
-    """Remove a folder in which nothing was recorded, so that a corrected command can use its name."""
-    if not any(folder.iterdir()):
-        folder.rmdir()
-
-
 def _set_aside(folder: Path, say: Callable[[str], None]) -> None:
     """Rename the folder of an earlier demo, so that this one can take its name and nothing is lost."""
     if not (folder / rundir.SWEEP_JSON).exists() and not (folder / "report.html").exists():
@@ -352,14 +349,23 @@ def _set_aside(folder: Path, say: Callable[[str], None]) -> None:
 
 
 def _analyze_and_report(
-    runs: Sequence[Run], folder: Path, say: Callable[[str], None], *, recorded: bool = False
+    paths: Sequence[Path], folder: Path, say: Callable[[str], None], *, recorded: bool = False
 ) -> Path:
     """Analyse runs in place and write one report about them; `recorded` runs are not this machine's."""
-    for number, run in enumerate(runs):
-        say(f"analysing [{number + 1}/{len(runs)}] {run.path.name}")
+    from rxlab.dataset.run import each_run, left_out_text, refuse_left_out
+
+    number = count(1)
+
+    def analysed(run: Run) -> Run:
+        say(f"analysing [{next(number)}/{len(paths)}] {run.path.name}")
         run.analyze_in_place()
+        return run
+
+    runs, damaged = each_run(paths, analysed)
     say("writing the report")
-    return write_report(runs, folder / "report.html", recorded=recorded)
+    report = write_report(runs, folder / "report.html", recorded=recorded, left_out=left_out_text(damaged), say=say)
+    refuse_left_out(damaged, len(paths), str(report))
+    return report
 
 
 def function_phases(path: str | os.PathLike[str], **options: Any) -> Columns:
@@ -377,13 +383,11 @@ def function_phases(path: str | os.PathLike[str], **options: Any) -> Columns:
     return find_phases(read_function_log(run.file(rundir.FUNCTIONS_LOG)), **options)
 
 
-def write_report(
-    runs: Iterable[Run], out: str | os.PathLike[str], *, recorded: bool = False, reveal: bool = False
-) -> Path:
-    """Write one self-contained HTML page about runs (:func:`rxlab.show.report.write_report`)."""
+def write_report(runs: Iterable[Run], out: str | os.PathLike[str], **options: Any) -> Path:
+    """Write one self-contained HTML page about runs (options as :func:`rxlab.show.report.write_report` has them)."""
     from rxlab.show.report import write_report as write
 
-    return Path(write(list(runs), Path(out), recorded=recorded, reveal=reveal))
+    return Path(write(list(runs), Path(out), **options))
 
 
 def analyze_run(

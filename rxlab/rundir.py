@@ -273,10 +273,15 @@ def check_free(path: Path, force: bool = False) -> None:
 
 
 def list_runs(path: str | os.PathLike[str]) -> Iterator[RunDir]:
-    """Yield every run directory at or below `path`, in name order."""
+    """Yield every run directory at or below `path`, in name order; raises at the first that is damaged."""
+    return map(open_rundir, find_runs(path))
+
+
+def find_runs(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield the folder of every run at or below `path`, readable or not, in name order."""
     folder = Path(path)
     if (folder / RUN_JSON).is_file():
-        yield open_rundir(folder)
+        yield folder
         return
     for entry in sorted(folder.rglob(RUN_JSON)):
-        yield open_rundir(entry.parent)
+        yield entry.parent

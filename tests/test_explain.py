@@ -82,6 +82,19 @@ def test_the_bias_of_recording_is_what_was_planted():
     assert explain.tracing_bias((_runs(rng, 1e4), []), (_runs(rng, 1e4), _runs(rng, 1e4))) is None
 
 
+def test_the_bias_is_of_the_geometric_means_that_the_tables_show():
+    """One slow run in three: its arithmetic mean would be 2 us above what the table says."""
+    exact = [
+        [np.full(500, median) for median in medians] for medians in ([8_000, 8_000, 8_000], [8_000, 8_000, 27_000])
+    ]
+    bias = explain.tracing_bias((exact[0], exact[0]), (exact[0], exact[1]))
+    assert bias.effect == 0
+    assert bias.bias == pytest.approx(12_000 - 8_000)  # (8 * 8 * 27) ** (1/3) = 12
+    # The delta method: the standard deviation of three logarithms, times the mean, over the root of 3.
+    error = 12_000 * np.std(np.log([8, 8, 27]), ddof=1) / np.sqrt(3)
+    assert (bias.high - bias.low) / 2 == pytest.approx(4.302653 * error, rel=1e-5)
+
+
 def test_the_cost_per_event_takes_the_recording_off():
     rng = np.random.default_rng(4)
     trees = [_tree(seed) for seed in range(2)]

@@ -65,6 +65,20 @@ def without_figures(monkeypatch):
     monkeypatch.setattr(evidence, "draw_figures", lambda *_, **__: iter(()))
 
 
+def test_where_it_cannot_tell_the_page_and_the_command_line_give_the_command_that_could(tmp_path):
+    runs = make_runs(ratio=1.0005, reps=3, n=100, traced=False, between=0.02)
+    recorded = ["rxlab", "compare", "--testbed", "--set", "rps_cpus=2", "--out", "out/x"]
+    said: list[str] = []
+    for run in runs:
+        run.run["command"] = recorded
+    page = _Page(write_report(runs, tmp_path / "r.html", say=said.append).read_text())
+    n = re.search(r"about ([0-9,]+) repetitions of each", said[1])[1].replace(",", "")
+    wanted = f"rxlab compare --testbed --set rps_cpus=2 --reps {n} --out out/x-{n}"
+    assert said[0].startswith("Cannot tell rps_cpus=2 from rps_cpus=0")
+    assert said[1].endswith(f"to be seen: {wanted}")
+    assert any(wanted in text for text in page.text)
+
+
 def test_page_loads_nothing(html):
     page = _Page(html)
     assert all(load.startswith(("data:", "#")) for load in page.loads), [load[:60] for load in page.loads]
@@ -320,6 +334,21 @@ def _started(runs, order):
     """Return the untraced runs, started in this order of configurations and repetitions."""
     untraced = [run for run in runs if run.arm == "untraced"]
     return [replace(untraced[at], run={**untraced[at].run, "start_ns": 10**9 * (n + 1)}) for n, at in enumerate(order)]
+
+
+def test_shares_of_different_packets_say_of_which(runs):
+    traced = runs[5]
+    coverage = traced.tree["coverage"].to_dataset().copy(deep=True)
+    at = STAGE_INDEX["copy"]
+    expected = int(coverage["matched"][at]) + 3
+    coverage["expected"][at] = expected
+    tree = traced.tree.copy()
+    tree["coverage"] = xr.DataTree(coverage)
+    run = replace(traced, tree=tree, verify={**VERIFIED, "complete": 0.995, "data_packets": 1234})
+    checks = trust.trust_panel([run], recorded=False, overhead=[])
+    summary = next(check.summary for check in checks if check.name == "Coverage per stage")
+    assert f"{100 * (expected - 3) / expected:.2f} % at the worst stage (copy: of {expected:,} packets" in summary
+    assert "99.50 % of the 1,234 data packets complete" in summary
 
 
 def test_the_order_of_the_runs_is_checked(runs):

@@ -7,6 +7,7 @@ import ipaddress
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import h5py
@@ -16,10 +17,11 @@ import xarray as xr
 from joined_builder import make_host, make_joined, make_run
 
 import rxlab
+from rxlab import __main__ as cli
 from rxlab.dataset import schema, store
-from rxlab.dataset.run import open_run
+from rxlab.dataset.run import each_run, left_out_text, open_run
 from rxlab.dataset.store import open_dataset
-from rxlab.errors import UsageError
+from rxlab.errors import RxlabError, UsageError
 from rxlab.rundir import read_json, write_json
 from rxlab.show import evidence, exports, share
 from rxlab.show.redact import Redactor
@@ -181,3 +183,43 @@ def test_the_notebook_is_executed_and_answers(shared):
 def test_the_notebook_of_the_package_is_that_of_the_folder(repo):
     inside = repo / "rxlab" / "show" / "templates" / share.NOTEBOOK
     assert inside.read_bytes() == (repo / "notebooks" / share.NOTEBOOK).read_bytes()
+
+
+def test_a_damaged_run_is_left_out_of_the_report_and_said(repo, tmp_path, capsys, monkeypatch):
+    """What can be read is reported; what cannot is named on the page and on standard error, and the status says so."""
+    for name in ("tcp-rps-off-untraced-1", "tcp-rps-on-untraced-1", "tcp-rps-on-untraced-2"):
+        shutil.copytree(repo / "data" / name, tmp_path / "runs" / name)
+    damaged = tmp_path / "runs" / "tcp-rps-on-untraced-2"
+    (damaged / "run.json").write_text((damaged / "run.json").read_text()[:200])
+    monkeypatch.setattr(evidence, "draw_figures", lambda *_, **__: iter(()))
+    page = tmp_path / "report.html"
+    arguments = ["report", str(tmp_path / "runs"), "-o", str(page), "--no-notebook"]
+    monkeypatch.setattr(sys, "argv", ["rxlab", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    out, error = capsys.readouterr()
+    assert ended.value.code == 1
+    (line,) = error.splitlines()
+    assert "1 of 3 runs could not be read" in line
+    assert "tcp-rps-on-untraced-2/run.json: not valid JSON" in line
+    assert f"report: {page}" in out
+    html = page.read_text()
+    assert "could not be read: tcp-rps-on-untraced-2/run.json" in html
+    assert "tcp-rps-off-untraced-1" in html
+    assert "tcp-rps-on-untraced-1" in html
+
+
+def test_a_cut_recording_and_an_unreadable_file_cost_no_other_run(repo, tmp_path):
+    """Every way of being damaged that is an RxlabError or the system's; only where no run is left it is refused."""
+    good, cut, empty = (tmp_path / name for name in ("a-good", "b-cut", "c-empty"))
+    for folder in (good, cut, empty):
+        shutil.copytree(repo / "data" / "tcp-rps-off", folder)
+        (folder / "run.nc").unlink(missing_ok=True)
+    (cut / "perf.data").write_bytes((repo / "data" / "tcp-rps-off" / "perf.data").read_bytes()[:60])
+    (empty / "run.nc").write_bytes(b"no netCDF")
+    taken, damaged = each_run([good, cut, empty], lambda run: run.tree.attrs["verdict"])
+    assert taken == ["trusted"]
+    assert list(damaged) == [cut, empty]
+    assert left_out_text(damaged).startswith("b-cut/perf.data: ")
+    with pytest.raises(RxlabError, match="b-cut"):
+        each_run([cut], lambda run: run.tree)

@@ -139,7 +139,7 @@ def test_the_store_and_the_same_runs_combined_in_memory_are_equal(folder: Path, 
 
 
 def test_runs_can_be_written_in_any_order(folder: Path, sweep: xr.Dataset, tmp_path: Path) -> None:
-    plan, runs = read_json(folder / "sweep.json"), recorded_runs(folder, 2)
+    plan, runs = read_json(folder / "sweep.json"), recorded_runs(folder, 2)[0]
     grid = grid_of(plan, runs)
     create_store(tmp_path / "other.zarr", grid, plan)
     for run in reversed(runs):
@@ -179,7 +179,7 @@ def test_a_sweep_without_named_axes_takes_the_settings_that_differ(tmp_path: Pat
         write_json(
             path / "run.json", {**read_json(path / "run.json"), "configuration": configurations[index], "sweep": cell}
         )
-    assert grid_of(plan, recorded_runs(tmp_path, 1)).axes == {"rps_cpus": ["", "1"]}
+    assert grid_of(plan, recorded_runs(tmp_path, 1)[0]).axes == {"rps_cpus": ["", "1"]}
     aggregate_sweep(tmp_path, say=lambda text: None)
     with xr.open_zarr(tmp_path / "sweep.zarr") as found:
         assert (found.verdict == 1).all()

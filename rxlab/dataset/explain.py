@@ -181,6 +181,8 @@ def tracing_bias(
 ) -> Bias | None:
     """Return what recording adds to the difference of the workload's medians; None where an arm has no runs.
 
+    A configuration's median is the geometric mean over its runs, the measure of the tables and of the verdict.
+
     Parameters
     ----------
     a, b : pairs of sequences of float64 arrays, ns
@@ -190,16 +192,25 @@ def tracing_bias(
 
     if not all((*a, *b)):
         return None
-    sides = [[np.array([stats.quantile_interval(run, 0.5).value for run in arm]) for arm in side] for side in (a, b)]
-    means = [[values.mean() for values in side] for side in sides]
-    effect = means[1][0] - means[0][0]
-    bias = means[1][1] - means[0][1] - effect
-    n = [len(values) for side in sides for values in side]
+    (a_untraced, a_traced), (b_untraced, b_traced) = ([_mean_of_medians(arm) for arm in side] for side in (a, b))
+    effect = b_untraced[0] - a_untraced[0]
+    bias = b_traced[0] - a_traced[0] - effect
+    n = [len(arm) for side in (a, b) for arm in side]
     half = np.nan
     if min(n) >= stats.MIN_REPETITIONS:
-        error, freedom = stats.welch([values.var(ddof=1) for side in sides for values in side], n)
+        error, freedom = stats.welch([variance for _, variance in (a_untraced, a_traced, b_untraced, b_traced)], n)
         half = distributions.t.ppf(0.975, freedom) * error
     return Bias(float(effect), float(bias), float(bias - half), float(bias + half))
+
+
+def _mean_of_medians(runs: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Return the geometric mean of the runs' medians (ns), as tables and verdicts have it, and the variance of one run's (ns^2).
+
+    The variance is that of the logarithms carried over to the mean (delta method); NaN for one run.
+    """
+    medians = [stats.quantile_interval(run, 0.5).value for run in runs]
+    mean = stats.over_repetitions(medians).value
+    return mean, float(mean**2 * np.log(medians).var(ddof=1)) if len(medians) > 1 else np.nan
 
 
 def cost_per_event(
@@ -214,15 +225,16 @@ def cost_per_event(
 
     if not untraced or not traced or not trees:
         return None
-    sides = [np.array([stats.quantile_interval(run, 0.5).value for run in arm]) for arm in (untraced, traced)]
+    sides = [_mean_of_medians(arm) for arm in (untraced, traced)]
     events = float(np.mean([_stages_seen(tree, packets_around(tree, 0.5)[1]) for tree in trees]))
-    cost = (sides[1].mean() - sides[0].mean()) / events
+    cost = (sides[1][0] - sides[0][0]) / events
+    n = [len(untraced), len(traced)]
     half = np.nan
-    if min(map(len, sides)) >= stats.MIN_REPETITIONS:
-        error, freedom = stats.welch([side.var(ddof=1) for side in sides], [len(side) for side in sides])
+    if min(n) >= stats.MIN_REPETITIONS:
+        error, freedom = stats.welch([variance for _, variance in sides], n)
         half = distributions.t.ppf(0.975, freedom) * error / events
     kind = "over repetitions"
-    return stats.Estimate(float(cost), float(cost - half), float(cost + half), min(map(len, sides)), kind)
+    return stats.Estimate(float(cost), float(cost - half), float(cost + half), min(n), kind)
 
 
 def _stages_seen(tree: xr.DataTree, rows: np.ndarray) -> float:

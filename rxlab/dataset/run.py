@@ -5,11 +5,11 @@ from __future__ import annotations
 import ipaddress
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import xarray as xr
@@ -27,7 +27,7 @@ from rxlab.dataset.largerun import (
     slabs_around,
 )
 from rxlab.dataset.store import build, open_dataset, read_app_logs, save
-from rxlab.errors import ClockError, FormatError, TruncatedFileError, UsageError
+from rxlab.errors import ClockError, FormatError, RxlabError, TruncatedFileError, UsageError
 from rxlab.follow.align import align_recordings
 from rxlab.follow.clockfit import ClockMap, fit_constant
 from rxlab.follow.crossfit import RAW_CLOCK, fit_nic, fit_raw
@@ -50,6 +50,8 @@ from rxlab.rundir import (
     open_rundir,
 )
 from rxlab.stages import stages_without
+
+Taken = TypeVar("Taken")
 
 
 class Run:
@@ -368,6 +370,57 @@ def open_run(path: str | os.PathLike[str], *, chunks: int | None = None) -> Run:
         See :func:`rxlab.rundir.open_rundir`.
     """
     return Run(path, chunks)
+
+
+def each_run(paths: Iterable[Path], take: Callable[[Run], Taken]) -> tuple[list[Taken], dict[Path, RxlabError]]:
+    """Open runs and take what is wanted of each; one that cannot be read costs none of the others.
+
+    Returns
+    -------
+    taken : list
+    damaged : dict of Path to RxlabError
+        The runs that are left out, and why.
+
+    Raises
+    ------
+    RxlabError
+        Of the first run, where none can be read.
+    """
+    taken: list[Taken] = []
+    damaged: dict[Path, RxlabError] = {}
+    for path in paths:
+        try:
+            taken.append(take(open_run(path)))
+        except RxlabError as error:
+            damaged[path] = error
+        except OSError as error:
+            where, found = str(error.filename or path), error.strerror or str(error)
+            damaged[path] = FormatError("cannot be read", where=where, found=found)
+    if damaged and not taken:
+        raise next(iter(damaged.values()))
+    return taken, damaged
+
+
+def left_out_text(damaged: Mapping[Path, RxlabError]) -> str:
+    """Return which runs are left out and why, by their own names."""
+    told = {path: error.line().replace(f"{path.parent}/", "") for path, error in damaged.items()}
+    return "; ".join(line if line.startswith(path.name) else f"{path.name}: {line}" for path, line in told.items())
+
+
+def refuse_left_out(damaged: Mapping[Path, RxlabError], n_runs: int, written: str) -> None:
+    """Say, once the result of the other runs is written, which ones it lacks.
+
+    Raises
+    ------
+    FormatError
+        Some run was left out.
+    """
+    if damaged:
+        raise FormatError(
+            f"{len(damaged)} of {n_runs} runs could not be read; this is of the others",
+            where=written,
+            found=left_out_text(damaged),
+        )
 
 
 def machine_of(run: dict[str, Any], host: dict[str, Any]) -> Machine:

@@ -18,9 +18,9 @@ import numpy as np
 import xarray as xr
 
 from rxlab.dataset.aggregate import Grid, summarize, varied_settings
-from rxlab.dataset.run import Run
+from rxlab.dataset.run import Run, each_run, left_out_text
 from rxlab.errors import FormatError, RxlabError
-from rxlab.rundir import DATASET, RUN_JSON, SWEEP_JSON, SWEEP_STORE, list_runs, read_json
+from rxlab.rundir import DATASET, RUN_JSON, SWEEP_JSON, SWEEP_STORE, find_runs, read_json
 
 # Zarr 3's text is not yet readable elsewhere; format 2 is, by everything that reads Zarr.
 ZARR_FORMAT = 2
@@ -70,9 +70,11 @@ def aggregate_sweep(
     where = Path(folder)
     target = Path(out) if out is not None else where / SWEEP_STORE
     plan = read_json(where / SWEEP_JSON)
-    runs = recorded_runs(where, int(plan["repetitions"]))
+    runs, damaged = recorded_runs(where, int(plan["repetitions"]))
     grid = grid_of(plan, runs)
     unfinished = target.with_name(f".{target.name}.tmp")
+    if damaged:
+        say(f"not in the dataset: {left_out_text(damaged)}")
     try:
         create_store(unfinished, grid, plan)
         paths = [str(run.path) for run in runs]
@@ -87,14 +89,15 @@ def aggregate_sweep(
     return target
 
 
-def recorded_runs(folder: Path, repetitions: int) -> list[Run]:
-    """Return the runs of a sweep's first repetitions that came to their end, complete or not, in name order."""
-    runs = [Run(found.path) for found in list_runs(folder) if found.run.get("sweep")]
+def recorded_runs(folder: Path, repetitions: int) -> tuple[list[Run], dict[Path, RxlabError]]:
+    """Return the runs of a sweep's first repetitions that came to their end, complete or not, in name order; and those that cannot be read."""
+    runs, damaged = each_run(find_runs(folder), lambda run: run)
+    runs = [run for run in runs if run.run.get("sweep")]
     runs = [run for run in runs if run.run["status"] in ("complete", "partial")]
     runs = [run for run in runs if int(run.run["sweep"]["repetition"]) < repetitions]
     if not runs:
         raise FormatError("no run of a sweep", where=str(folder), expected=f"directories with {RUN_JSON}")
-    return runs
+    return runs, damaged
 
 
 def grid_of(plan: Mapping[str, Any], runs: Sequence[Run]) -> Grid:

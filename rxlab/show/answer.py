@@ -15,6 +15,7 @@ import xarray as xr
 
 from rxlab.dataset import aggregate, effects, explain, stats
 from rxlab.dataset.stats import BETTER, CANNOT_TELL, WORSE, Comparison
+from rxlab.show.again import repeating_command
 from rxlab.show.costs import compare_cost
 from rxlab.show.style import MINUS, microseconds, quantile_words
 from rxlab.show.trust import AnalysedRun, workload_differences
@@ -24,6 +25,8 @@ METRICS = {
     "one_way_latency": "message latency, from the client's intended send time to the return of the server's receive call",
     "round_trip_latency": "request latency, from the intended send time to the arrival of the reply",
 }
+# Repetitions that nobody will record; those that a first experiment should have.
+MOST_REPETITIONS, ENOUGH_REPETITIONS = 10_000, 5
 TRACED_ARMS = ("min", "std", "full")
 
 
@@ -56,11 +59,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer: one sentence, its tone, and the sentences below it."""
+    """The answer: one sentence, its tone, the sentences below it, and what to record where it cannot tell."""
 
     sentence: str
     tone: str
     more: list[str]
+    takes: str = ""
 
 
 def group_runs(runs: Iterable[Any]) -> dict[str, list[AnalysedRun]]:
@@ -223,14 +227,15 @@ def comparison_words(comparison: Comparison) -> str:
 
 def give_answer(groups: Mapping[str, Sequence[AnalysedRun]], pairs: Sequence[Pair], metric: str | None) -> Answer:
     """Return the report's answer for any number of configurations."""
+    runs = [run for group in groups.values() for run in group]
     if len(pairs) > 1:
-        given = _answer_many(pairs, metric, rank_groups(groups, pairs, metric))
+        given = _answer_many(pairs, metric, rank_groups(groups, pairs, metric), runs)
     elif pairs:
-        given = _answer_pair(pairs[0], metric)
+        given = _answer_pair(pairs[0], metric, runs)
     else:
         given = _answer_single(groups)
     given = replace(given, more=[*given.more, *_rfs_words(groups)])
-    differences = aggregate.varied_settings(workload_differences([run for group in groups.values() for run in group]))
+    differences = aggregate.varied_settings(workload_differences(runs))
     if differences:
         facts = "; ".join(f"{name} {' | '.join(values)}" for name, values in differences.items())
         note = f"The runs are of different workloads ({facts}): they are neither pooled nor compared across workloads."
@@ -263,15 +268,17 @@ def _rfs_words(groups: Mapping[str, Sequence[AnalysedRun]]) -> list[str]:
     return [line + (without or ".") for line in lines]
 
 
-def _answer_pair(pair: Pair, metric: str | None) -> Answer:
+def _answer_pair(pair: Pair, metric: str | None, runs: Sequence[AnalysedRun]) -> Answer:
     more = [f"Measured is the {METRICS[metric]}."] if metric and pair.untraced else []
     if not pair.untraced:
         sentence = f"No verdict on {pair.b} against {pair.a}: there are no untraced runs of both."
         return Answer(sentence, "none", more + _explain(pair))
     median, tail, decided = pair.untraced[0], pair.untraced[-1], deciding(pair.untraced)
+    takes = ""
     if decided.verdict == CANNOT_TELL:
         sentence = f"Cannot tell {pair.b} from {pair.a}: the median goes {comparison_words(median)}."
-        more[:0] = _what_it_takes(median)
+        takes = _what_it_takes(median, runs)
+        more[:0] = [takes] if takes else []
     elif decided is median:
         sentence = (
             f"With {pair.b} the median is {_word(median.verdict)} than with {pair.a}: {comparison_words(median)}."
@@ -291,7 +298,7 @@ def _answer_pair(pair: Pair, metric: str | None) -> Answer:
     tone = {frozenset(): "cannot", frozenset({BETTER}): "better", frozenset({WORSE}): "worse"}.get(
         frozenset(verdicts), "mixed"
     )
-    return Answer(sentence, tone, more + _cost(pair) + _explain(pair))
+    return Answer(sentence, tone, more + _cost(pair) + _explain(pair), takes)
 
 
 def _cost(pair: Pair) -> list[str]:
@@ -304,24 +311,23 @@ def _cost(pair: Pair) -> list[str]:
     ]
 
 
-def _what_it_takes(median: Comparison) -> list[str]:
-    """Return what to do about a median that cannot be told apart."""
-    if median.more_repetitions:
-        wanted = (
-            f"more than {median.more_repetitions:,}"
-            if median.more_repetitions >= 10_000
-            else f"about {median.more_repetitions:,}"
-        )
-        return [
-            f"A difference of this size in the median would need {wanted} repetitions of each configuration to be seen."
-        ]
-    if median.kind == "within one run":
-        return [
-            "One run of each says how exact that run is, not whether the next one would be the same; repeat at least 5 times."
-        ]
-    if min(median.runs_a, median.runs_b) < stats.MIN_REPETITIONS:
-        return ["2 runs: no interval. How much runs differ cannot be known from two; repeat at least 5 times."]
-    return []
+def _what_it_takes(median: Comparison, runs: Sequence[AnalysedRun]) -> str:
+    """Return what to do about a median that cannot be told apart, with the command that does it; empty where nothing is known to help."""
+    n = median.more_repetitions
+    if n and n >= MOST_REPETITIONS:
+        return f"A difference of this size in the median would need more than {n:,} repetitions of each configuration to be seen."
+    if n:
+        said = f"A difference of this size in the median would need about {n:,} repetitions of each configuration to be seen"
+    elif median.kind == "within one run":
+        n = ENOUGH_REPETITIONS
+        said = f"One run of each says how exact that run is, not whether the next one would be the same; repeat at least {n} times"
+    elif min(median.runs_a, median.runs_b) < stats.MIN_REPETITIONS:
+        n = ENOUGH_REPETITIONS
+        said = f"2 runs: no interval. How much runs differ cannot be known from two; repeat at least {n} times"
+    else:
+        return ""
+    command = repeating_command(runs, n)
+    return f"{said}: {command}" if command else f"{said} ('rxlab compare --reps {n}')."
 
 
 def _verdict_words(comparison: Comparison) -> str:
@@ -365,7 +371,7 @@ def _bias_words(bias: explain.Bias) -> list[str]:
     )
     interval = f" (95 % interval {_signed(bias.low)} to {_signed(bias.high)})" if np.isfinite(bias.low) else ""
     return [
-        f"Recording itself adds {_signed(bias.bias)}{interval} to the difference of the medians, {share}: the hops' sizes below are biased by that, their order less so."
+        f"Recording itself adds {_signed(bias.bias)}{interval} to the difference of the medians (geometric means over the runs, as in the tables), {share}: the hops' sizes below are biased by that, their order less so."
     ]
 
 
@@ -382,12 +388,17 @@ def _agreement(untraced: Comparison, traced: Comparison) -> str:
     return f"Traced and untraced runs DISAGREE on the direction of the {quantile_words(untraced.quantile)}: recording adds time where it adds events, so trust the untraced verdict and not the explanation."
 
 
-def _answer_many(pairs: Sequence[Pair], metric: str | None, ranks: Sequence[effects.Rank]) -> Answer:
+def _answer_many(
+    pairs: Sequence[Pair], metric: str | None, ranks: Sequence[effects.Rank], runs: Sequence[AnalysedRun]
+) -> Answer:
     known = [pair for pair in pairs if pair.untraced]
     if not known:
         return Answer("No verdict: there are no untraced runs of the configurations.", "none", [])
     better = [pair for pair in known if pair.untraced[0].verdict == BETTER]
     more = [f"Measured is the {METRICS[metric]}."] if metric else []
+    second = ranks[1].against_best if len(ranks) > 1 else None
+    takes = _what_it_takes(second, runs) if second is not None and second.verdict == CANNOT_TELL else ""
+    below = [*_runner_up(ranks), *([takes] if takes else [])]
     if better:
         best = min(better, key=lambda pair: pair.untraced[0].ratio)
         first = (
@@ -396,14 +407,14 @@ def _answer_many(pairs: Sequence[Pair], metric: str | None, ranks: Sequence[effe
             else f"Of {len(pairs)} comparisons within a workload {best.b} gains most in the median"
         )
         sentence = f"{first}: {comparison_words(best.untraced[0])} against {best.a}."
-        return Answer(sentence, "better", _runner_up(ranks) + more + _cost(best) + _explain(best))
+        return Answer(sentence, "better", below + more + _cost(best) + _explain(best), takes)
     worse = sum(pair.untraced[0].verdict == WORSE for pair in known)
     baseline = known[0].a if len({pair.a for pair in pairs}) == 1 else "its baseline"
     others = "" if worse == len(known) else ", the others cannot be told from it"
     sentence = f"No configuration has a lower median than {baseline}: {worse} of {len(known)} are slower{others}."
-    second = next((pair for pair in known if len(ranks) > 1 and pair.b == ranks[1].label), None)
-    costs = _cost(second) if second else []
-    return Answer(sentence, "baseline" if worse == len(known) else "cannot", _runner_up(ranks) + costs + more)
+    runner_up = next((pair for pair in known if len(ranks) > 1 and pair.b == ranks[1].label), None)
+    costs = _cost(runner_up) if runner_up else []
+    return Answer(sentence, "baseline" if worse == len(known) else "cannot", below + costs + more, takes)
 
 
 def _runner_up(ranks: Sequence[effects.Rank]) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,8 @@ def write_report(
     title: str | None = None,
     reveal: bool = False,
     redactor: Redactor | None = None,
+    left_out: str = "",
+    say: Callable[[str], None] | None = None,
 ) -> Path:
     """Write the report of one run, a comparison or a sweep.
 
@@ -56,6 +58,10 @@ def write_report(
         Show host names and addresses; by default they are replaced by consistent pseudonyms.
     redactor : Redactor, optional
         The pseudonyms, where other files are to have the same; by default new ones.
+    left_out : str
+        Which runs the report lacks, because they could not be read.
+    say : callable, optional
+        Told the answer, and where it cannot tell the command that would.
 
     Returns
     -------
@@ -74,7 +80,8 @@ def write_report(
     redactor = None if reveal else redactor or Redactor.of_hosts([run.host for run in analysed])
     if redactor is not None:
         groups = {redactor.text(label): group for label, group in groups.items()}
-    page = _render(_context(groups, command=command, recorded=recorded, title=title), redactor)
+    context = _context(groups, command=command, recorded=recorded, title=title, left_out=left_out)
+    page = _render(context, redactor)
     if len(page.encode()) > MAX_BYTES:
         raise RxlabError(
             "report is too large",
@@ -89,6 +96,10 @@ def write_report(
     with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as stream:
         stream.write(page)
     os.replace(temporary, target)
+    if say is not None:
+        for line in (context["answer"].sentence, context["answer"].takes):
+            if line:
+                say(line)
     return target
 
 
@@ -127,13 +138,15 @@ def _context(
     command: Sequence[str] | str | None,
     recorded: bool,
     title: str | None,
+    left_out: str,
 ) -> dict[str, Any]:
     runs = [run for group in groups.values() for run in group]
     labels = [label for label, group in groups.items() for _ in group]
     metric = answer.choose_metric(groups)
     pairs = answer.compare_all(groups, metric)
     given = answer.give_answer(groups, pairs, metric)
-    checks = trust.trust_panel(runs, recorded=recorded, overhead=evidence.overheads(groups, metric))
+    overhead = evidence.overheads(groups, metric)
+    checks = trust.trust_panel(runs, recorded=recorded, overhead=overhead, left_out=left_out)
     ranks = answer.rank_groups(groups, pairs, metric)
     layout = answer.lay_out(groups, metric)
     found = effects.find_effects(layout) if layout is not None and len(layout.dims) > 2 else []

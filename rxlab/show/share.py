@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ import numpy as np
 import xarray as xr
 
 from rxlab.dataset import schema
-from rxlab.dataset.run import open_run
+from rxlab.dataset.run import each_run, left_out_text, refuse_left_out
 from rxlab.dataset.store import save
 from rxlab.errors import FormatError, RxlabError
-from rxlab.rundir import RUN_JSON, check_out, list_runs
+from rxlab.rundir import RUN_JSON, check_out, find_runs
 from rxlab.show.redact import Redactor
 from rxlab.show.report import write_report
+from rxlab.show.trust import AnalysedRun
 
 NOTEBOOK = "99_report.ipynb"
 KERNEL_ADDRESSES = ("skb", "socket")
@@ -129,22 +130,40 @@ def report_runs(
     *,
     reveal: bool = False,
     notebook: bool = False,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Path]:
     """Write a report about every run directory at or below the given paths, and where asked its executed notebook beside it.
+
+    Parameters
+    ----------
+    say : callable
+        Told the answer, and what was written.
 
     Returns
     -------
     dict of str to Path
         ``"report"``, ``"notebook"``.
+
+    Raises
+    ------
+    FormatError
+        After the report was written, where a damaged run is left out of it; the report says so too.
     """
     check_out(Path(out), _is_page)
-    runs = [open_run(found.path) for path in paths for found in list_runs(path)]
-    if not runs:
+    found = [run for path in paths for run in find_runs(path)]
+    if not found:
         raise FormatError(
             "no run directories", where=", ".join(map(str, paths)), expected=f"a directory with {RUN_JSON}"
         )
+    runs, damaged = each_run(found, AnalysedRun.of)
     redactor = None if reveal else Redactor.of_hosts([run.host for run in runs])
-    written = {"report": write_report(runs, out, reveal=reveal, redactor=redactor)}
+    left_out = left_out_text(damaged)
+    page = write_report(runs, out, reveal=reveal, redactor=redactor, left_out=left_out, say=say)
+    written = {"report": page}
     if notebook:
-        written["notebook"] = write_notebook(paths, written["report"].with_suffix(".ipynb"), redactor)
+        readable = [run.path for run in runs] if damaged else paths
+        written["notebook"] = write_notebook(readable, page.with_suffix(".ipynb"), redactor)
+    for kind, path in written.items():
+        say(f"{kind}: {path}")
+    refuse_left_out(damaged, len(found), str(page))
     return written

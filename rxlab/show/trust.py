@@ -117,16 +117,21 @@ def workload_differences(runs: Sequence[AnalysedRun]) -> list[dict[str, str]]:
     return [{name: str(workload[name]) for name in varied if workload.get(name) is not None} for workload in workloads]
 
 
-def trust_panel(runs: Sequence[AnalysedRun], *, recorded: bool, overhead: Sequence[tuple[str, float]]) -> list[Check]:
+def trust_panel(
+    runs: Sequence[AnalysedRun], *, recorded: bool, overhead: Sequence[tuple[str, float]], left_out: str = ""
+) -> list[Check]:
     """Return all checks of a report, in the order a sceptic asks.
 
     Parameters
     ----------
     overhead : sequence of (configuration, ratio)
         Median latency of the workload, traced over untraced.
+    left_out : str
+        Which runs could not be read, and why.
     """
     traced = [run for run in runs if run.is_traced]
-    checks = [_origin(runs, recorded), _ended(runs), _repetitions(runs), _order(runs)]
+    damaged = [Check("Runs left out", BAD, f"could not be read: {left_out}")] if left_out else []
+    checks = [_origin(runs, recorded), *damaged, _ended(runs), _repetitions(runs), _order(runs)]
     if traced:
         checks += [
             _verified(traced),
@@ -257,7 +262,8 @@ def _verified(runs: Sequence[AnalysedRun]) -> Check:
 
 
 def _coverage(runs: Sequence[AnalysedRun]) -> Check:
-    worst, where = 1.0, ""
+    """Tell the least covered stage, and the least complete run: shares of different packets, each said."""
+    worst, text = 1.0, "every stage of all packets whose path has it"
     for run in runs:
         coverage = run.tree["coverage"].to_dataset()
         # tcpdump runs a little longer than perf: packets outside perf's window were not for it to see.
@@ -266,17 +272,17 @@ def _coverage(runs: Sequence[AnalysedRun]) -> Check:
         fraction = np.where(expected > 0, coverage["matched"].values / np.maximum(expected, 1), 1.0)
         least = int(np.argmin(fraction))
         if fraction[least] < worst:
-            worst, where = float(fraction[least]), str(coverage["stage"].values[least])
-    complete = min(
-        (float(run.verify["complete"]) for run in runs if run.verify and run.verify.get("complete") is not None),
-        default=float("nan"),
-    )
-    text = (
-        f"worst stage {100 * worst:.2f} %"
-        + (f" ({where})" if where else "")
-        + (f", complete packets {100 * complete:.2f} %" if complete == complete else "")
-    )
-    low = min(worst, complete) if complete == complete else worst
+            worst = float(fraction[least])
+            stage, of = str(coverage["stage"].values[least]), int(expected[least])
+            text = f"{100 * worst:.2f} % at the worst stage ({stage}: of {of:,} packets whose path has it)"
+    told = [run.verify for run in runs if run.verify and run.verify.get("complete") is not None]
+    low = worst
+    if told:
+        least_complete = min(told, key=lambda verify: float(verify["complete"]))
+        complete, of = float(least_complete["complete"]), int(least_complete["data_packets"])
+        low = min(worst, complete)
+        text += f"; {100 * complete:.2f} % of the {of:,} data packets complete, seen at every stage of their path"
+        text += ", in the worst run" if len(runs) > 1 else ""
     return Check("Coverage per stage", GOOD if low >= 0.99 else WARN if low >= 0.95 else BAD, text)
 
 
