@@ -63,6 +63,7 @@ def _drawn(rng: np.random.Generator, n: int) -> dict[str, Any]:
             (int(rng.integers(0, 1 + recipe.get("readers", 1))), first, first + int(one(50_000, 400_000, 3_000_000)))
             for first in sorted(rng.integers(0, length, rng.integers(1, 4)).tolist())
         )
+    recipe["entries"] = one(False, False, True)
     return recipe
 
 

@@ -72,6 +72,8 @@ class Recipe:
         Tasks. One serves all sockets (epoll); with `shared` all of them serve every socket, else each its own.
     stall_share : float
         UDP calls preempted for 60 us between taking a datagram and returning.
+    entries : bool
+        The entries of the receive calls are recorded too.
     rings : int
         Readers, the first ones, that receive by io_uring: each call is followed by its completion.
     peek, polling : bool
@@ -112,6 +114,7 @@ class Recipe:
     readers: int = 1
     shared: bool = False
     stall_share: float = 0.0
+    entries: bool = False
     rings: int = 0
     closes: int = 0
     behind: bool = False
@@ -315,6 +318,7 @@ class _Readers:
         self.came: dict[int, dict[str, Any]] = {}
         self.slept: dict[int, dict[str, Any]] = {}
         self.calls = 0
+        self.inside: set[int] = set()  # tasks that went to sleep in a receive call
         self.waiting, self.aside = [0] * self.n_sockets, [0] * self.n_sockets
         self.blind: dict[int, list[tuple[int, int]]] = defaultdict(list)
         for cpu, first, last in told.blind:
@@ -444,15 +448,18 @@ class _Readers:
         mine = [s for s in range(self.n_sockets) if task in self._tasks(s) and self.queues[s]]
         if not mine:
             if not self.told.polling:
+                self._enter(now - 100, task, stays=True)
                 self.asleep[task] = now
                 self._switch(now, task, out=True)
             elif self.left:
+                self._enter(now - 100, task)
                 self._return(
                     now + 600, task, next(s for s in range(self.n_sockets) if task in self._tasks(s)), EAGAIN, 0
                 )
                 self._push(now + 600 + self.told.work_ns, 1, task)
             return
         socket, tcp = mine[0], self.told.is_tcp
+        self._enter(now - 100, task)
         if self.told.peek:
             first = self.queues[socket][0]
             size = min(self.told.read_size, first.payload - first.taken)
@@ -460,6 +467,7 @@ class _Readers:
                 self._copy(now + 700, task, first, size)
             self._return(now + 1_300, task, socket, size, 2)
             now += 2_000
+            self._enter(now - 100, task)
         room, ends = self.told.read_size, []
         while room > 0 and self.queues[socket]:
             packet = self.queues[socket][0]
@@ -499,6 +507,12 @@ class _Readers:
         for packet in ends:
             packet.lives["recvmsg"] = row
         self._push(now + 600 + self.told.work_ns, 1, task)
+
+    def _enter(self, time: int, task: int, *, stays: bool = False) -> None:
+        """Enter a receive call, unless the task slept in one, and leave it again unless it `stays`."""
+        if self.told.entries and task not in self.inside:
+            self.log.add("syscalls:sys_enter_recvfrom", time, 1 + task, READER + task)
+        (self.inside.add if stays else self.inside.discard)(task)
 
     def _copy(self, time: int, task: int, packet: _Packet, size: int) -> dict[str, Any]:
         owner = self.packets[packet.head] if packet.head >= 0 else packet

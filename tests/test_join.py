@@ -177,8 +177,9 @@ def test_long_draw_of_lossy_worlds() -> None:
 @pytest.mark.parametrize(("mean_gap_ns", "work_ns"), [(8_000, 1_500), (20_000, 25_000), (40_000, 1_500)])
 @pytest.mark.parametrize("lost_share", [0.0, 0.1])
 @pytest.mark.parametrize("max_payload", [31, 1000])
+@pytest.mark.parametrize("entries", [False, True])
 def test_a_reader_preempted_with_a_datagram_in_hand_returns_after_others(
-    readers: int, mean_gap_ns: int, work_ns: int, lost_share: float, max_payload: int
+    readers: int, mean_gap_ns: int, work_ns: int, lost_share: float, max_payload: int, entries: bool
 ) -> None:
     """Readers of one UDP socket return in another order than they dequeue: what may be either's is nobody's.
 
@@ -186,7 +187,7 @@ def test_a_reader_preempted_with_a_datagram_in_hand_returns_after_others(
     """
     world = simulate(
         proto="udp", readers=readers, shared=True, mean_gap_ns=mean_gap_ns, work_ns=work_ns, n=1500, stall_share=0.05,
-        lost_share=lost_share, lost_burst=10, max_payload=max_payload,
+        lost_share=lost_share, lost_burst=10, max_payload=max_payload, entries=entries,
     )  # fmt: skip
     joined, truth = run(world), world.truth
     trusted = joined.packets["trusted"]
@@ -197,6 +198,24 @@ def test_a_reader_preempted_with_a_datagram_in_hand_returns_after_others(
     assert not wrong(joined, world)[own].any()
     if not lost_share:
         assert trusted.mean() > 0.4
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize(("mean_gap_ns", "work_ns", "at_most"), [(20_000, 25_000, 0.25), (8_000, 10_000, 0.6)])
+def test_the_entries_of_the_calls_tell_readers_of_one_socket_apart(
+    mean_gap_ns: int, work_ns: int, at_most: float, behind: bool
+) -> None:
+    """A call that was entered when another had returned took its datagram after that."""
+    doubtful = []
+    for entries in (False, True):
+        world = simulate(
+            proto="udp", readers=2, shared=True, mean_gap_ns=mean_gap_ns, work_ns=work_ns, n=1500, stall_share=0.02,
+            max_payload=31, drop_share=0.02, behind=behind, entries=entries,
+        )  # fmt: skip
+        joined = run(world)
+        assert not wrong(joined, world).any()
+        doubtful.append(int((~joined.packets["trusted"]).sum()))
+    assert 0 < doubtful[1] < at_most * doubtful[0]
 
 
 @pytest.mark.parametrize(("closes", "behind"), [(580, False), (580, True), (300, True)])

@@ -32,7 +32,7 @@ def test_folding_changes_nothing(missing: float, monkeypatch: pytest.MonkeyPatch
     for seed in range(6):
         world = simulate(
             seed=seed, proto="udp", polling=True, n=120, sockets=1 + seed % 2, flows=2, drop_share=0.1 * (seed % 3),
-            mean_gap_ns=(3_000, 9_000)[seed % 2], readers=1, peek=seed == 5,
+            mean_gap_ns=(3_000, 9_000)[seed % 2], readers=1, peek=seed == 5, entries=seed > 2,
         )  # fmt: skip
         with monkeypatch.context() as patch:
             patch.setattr(queues, "close_in", close_in)

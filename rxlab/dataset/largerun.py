@@ -16,7 +16,7 @@ from rxlab.follow.slabs import Recording
 from rxlab.read.columns import Columns
 from rxlab.read.pcap import read_pcap
 from rxlab.read.perfdata import PerfData, read_perfdata
-from rxlab.stages import STAGES, SUBSTITUTES
+from rxlab.stages import RECEIVE_ENTRIES, STAGES, SUBSTITUTES
 
 ToMonotonic = Callable[[np.ndarray], np.ndarray]
 
@@ -27,7 +27,7 @@ DEFAULT_CHUNKS = 1_000_000
 LEAST_CHUNKS = 1_000
 # So many events to a packet of the capture.
 PACKET_EVENTS = 16
-# What the join looks at beside the events of the stages themselves (kernelpath.py, status.py, handshake.py, readerfacts.py).
+# What the join looks at beside the events of the stages themselves (kernelpath.py, queues.py, status.py, handshake.py, readerfacts.py).
 BESIDES = (
     "net:net_dev_queue",
     "csd:csd_queue_cpu",
@@ -36,6 +36,7 @@ BESIDES = (
     "syscalls:sys_exit_accept4",
     "syscalls:sys_exit_accept",
     IO_URING,
+    *RECEIVE_ENTRIES,
     *(name for names in SUBSTITUTES.values() for name in names),
 )
 JOINED = frozenset({event for stage in STAGES for event in stage.events} | set(BESIDES))

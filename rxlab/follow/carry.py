@@ -21,7 +21,7 @@ from rxlab.follow.kernelpath import KernelPath, event_columns, task_ids
 from rxlab.follow.parts import Followed, Known
 from rxlab.follow.status import TCP
 from rxlab.read.columns import Columns
-from rxlab.stages import STAGE_INDEX
+from rxlab.stages import RECEIVE_ENTRIES, STAGE_INDEX
 
 _RX, _READY = STAGE_INDEX["netif_receive_skb"], STAGE_INDEX["data_ready"]
 
@@ -169,10 +169,16 @@ def _masks(events: Mapping[str, Columns], followed: Followed, kept: Kept, cut: i
         yield "irq:softirq_entry", entries, last_of_group(entries["cpu"].astype(np.int64) * 64 + entries["vec"])
     receives, copies = event_columns(old, "sock:sock_recv_length"), event_columns(old, "skb:skb_copy_datagram_iovec")
     calls, copied = _calls_of_kept(followed, kept)
+    mask = np.zeros(receives.n, bool)
     if receives.n:
         mask = last_of_group(receives["tid"]) | last_of_group(receives["sk"]) | np.isin(receives["rank"], calls)
         mask |= _since_known(receives, followed, kept, left)
         yield "sock:sock_recv_length", receives, mask
+    returned = AsOf(receives["rank"], receives["tid"])
+    for name in RECEIVE_ENTRIES:
+        entered = event_columns(old, name)
+        call = returned.first_after(entered["rank"], entered["tid"])
+        yield name, entered, last_of_group(entered["tid"]) | pick(mask, call, False)
     if copies.n:
         yield "skb:skb_copy_datagram_iovec", copies, np.isin(copies["rank"], copied)
 

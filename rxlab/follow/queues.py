@@ -22,7 +22,7 @@ from rxlab.follow.refusals import EAGAIN, fold_refusals
 from rxlab.follow.together import beside
 from rxlab.follow.wake import first_wakes
 from rxlab.read.columns import Columns
-from rxlab.stages import STAGE_INDEX
+from rxlab.stages import RECEIVE_ENTRIES, STAGE_INDEX
 
 # Datagrams without data_ready that tell a kernel which leaves it out from one whose event was not delivered.
 MIN_BEHIND = 5
@@ -83,8 +83,8 @@ class Begun:
     earlier : Earlier
     sleeps, leaves, returns : AsOf
         Switches away into sleep that a signal may end: what the task returns later it took later; all away; and those to a task.
-    calls : AsOf
-        Returns of receive calls.
+    calls, entries : AsOf
+        Returns of receive calls; their entries, where those were recorded.
     wakings : AsOf
         Wake-ups of a task.
     slept_time, waking_time : int64 arrays, nanoseconds of CLOCK_MONOTONIC
@@ -96,6 +96,7 @@ class Begun:
     leaves: AsOf
     returns: AsOf
     calls: AsOf
+    entries: AsOf
     wakings: AsOf
     slept_time: np.ndarray
     waking_time: np.ndarray
@@ -113,10 +114,18 @@ class Begun:
             AsOf(switch["rank"], task_ids(switch, "prev_pid")),
             AsOf(switch["rank"], task_ids(switch, "next_pid")),
             AsOf(receives["rank"], receives["tid"]),
+            _entries(events),
             AsOf(waking["rank"], task_ids(waking, "pid")),
             asleep["time"],
             waking["time"],
         )
+
+
+def _entries(events: Mapping[str, Columns]) -> AsOf:
+    """Return where tasks entered receive system calls, of any file: the last such entry before a receive call returned is its own."""
+    entered = [event_columns(events, name) for name in RECEIVE_ENTRIES]
+    rank, tid = (np.concatenate([columns[name] for columns in entered]) for name in ("rank", "tid"))
+    return AsOf(rank, tid)
 
 
 def consume_datagrams(
@@ -185,7 +194,9 @@ def _consume_queue(
         known = queue.call_rank[queue.call_rank >= 0]
         calls = calls[receives["rank"][calls] >= (known.min() if len(known) else begun.earlier.rank)]
     if may_fold and not lossy.any:
-        folded = fold_refusals(receives, calls, queue.arrival, queue.ready_rank, (begun.calls, begun.sleeps))
+        folded = fold_refusals(
+            receives, calls, queue.arrival, queue.ready_rank, (begun.calls, begun.sleeps, begun.entries)
+        )
     if folded is not None:
         calls = folded.calls
     else:
@@ -299,14 +310,15 @@ def _bound_all_asleep(
 def _bound_refused(low: np.ndarray, receives: Columns, queue: Queue, calls: np.ndarray, begun: Begun) -> None:
     """Raise the bounds of calls that found nothing (EAGAIN): what was queued before they began had been read.
 
-    When a call began is not recorded; the task's last call had returned before, and it had woken from its last sleep.
+    Where its entry is not recorded: the task's last call had returned before, and it had woken from its last sleep.
     """
     rows = np.flatnonzero(receives["ret"][calls] < 0)
     if not len(rows):
         return
     rank, tid = receives["rank"][calls[rows]], receives["tid"][calls[rows]].astype(np.int64)
-    since = begun.calls.rank_of(begun.calls.last_before(rank, tid), -1)
-    since = np.maximum(since, begun.sleeps.rank_of(begun.sleeps.last_before(rank, tid), -1))
+    since = np.full(len(rows), -1, np.int64)
+    for index in (begun.calls, begun.sleeps, begun.entries):
+        since = np.maximum(since, index.rank_of(index.last_before(rank, tid), -1))
     seen = np.flatnonzero(queue.ready_rank >= 0)
     # Where CPUs raced, up to the first that may still have come later.
     last = pick(seen, places(np.maximum.accumulate(queue.ready_rank[seen]), since) - 1, -1)
@@ -369,8 +381,8 @@ def _begun_since(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the rank after which each call dequeued, and whether it is its task's first since the last that was seen.
 
-    The task's last call had returned, and it had come back from its last sleep. Where events may be missing between the two calls
-    there may have been others: then only the last return counts.
+    It had entered the call, its last one had returned, and it had come back from its last sleep. Where events may be missing
+    between the two calls there may have been others: then only the last return counts.
     """
     calls = begun.calls
     here = calls.last_before(rank, tid, inclusive=True)
@@ -384,9 +396,11 @@ def _begun_since(
     is_seen = (came >= 0) & (begun.leaves.rank_of(begun.leaves.last_before(came_rank, tid), -1) <= slept)
     # A sleep before the last return says nothing of what came after that.
     back = np.where(slept > before, np.where(is_seen, came_rank, slept), -1)
+    entry = begun.entries.rank_of(begun.entries.last_before(rank, tid), -1)
+    back = np.maximum(np.where(back < rank, back, -1), entry)
     ended = np.where(last >= 0, pick(receives["time"], last, NAT), begun.earlier.time)
     is_sure = ~lossy.touch(ended, pick(receives["time"], here, NAT))
-    return np.maximum(before, np.where(is_sure & (back < rank), back, -1)), is_sure
+    return np.maximum(before, np.where(is_sure, back, -1)), is_sure
 
 
 def _doubt_crossed(

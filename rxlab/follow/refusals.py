@@ -42,7 +42,7 @@ def fold_refusals(
     calls: np.ndarray,
     arrival: np.ndarray,
     ready_rank: np.ndarray,
-    begun_after: tuple[AsOf, AsOf],
+    begun_after: tuple[AsOf, ...],
 ) -> Folded | None:
     """Fold the refused calls of a queue; None where there are none, or several readers.
 
@@ -53,8 +53,8 @@ def fold_refusals(
         Rows of `receives` in order of rank.
     arrival, ready_rank : int64 arrays, dims (place,)
         Before when each datagram of the queue cannot have been read, and the rank of its data_ready, -1 where that was not seen.
-    begun_after : pair of AsOf
-        Events of a task after which a call of it began: returns of its calls, and when it went to sleep.
+    begun_after : three of AsOf
+        Events of a task after which a call of it took something: returns of its calls, when it went to sleep, entries of its calls.
     """
     if not len(calls):
         return None
@@ -81,9 +81,9 @@ def _fold(calls, rank, time, ret, tid, arrivals, readies, begun_after, folded):
     rows, low, high = folded
     arrival, arrived = arrivals
     ready, seen = readies
-    returns, sleeps = begun_after
+    returns, sleeps, entries = begun_after
     n = n_refused = 0
-    at = back = asleep = count = 0
+    at = back = asleep = inside = count = 0
     for row in calls:
         if tid[row] != tid[calls[0]]:
             return 0, 0
@@ -98,7 +98,9 @@ def _fold(calls, rank, time, ret, tid, arrivals, readies, begun_after, folded):
         high[n - 1] = min(high[n - 1], arrived[at - 1] if at else -1)
         back = outward(returns, 0, len(returns), rank[row], back)
         asleep = outward(sleeps, 0, len(sleeps), rank[row], asleep)
+        inside = outward(entries, 0, len(entries), rank[row], inside)
         since = max(returns[back - 1] if back else -1, sleeps[asleep - 1] if asleep else -1)
+        since = max(since, entries[inside - 1] if inside else -1)
         if since >= 0:
             count = outward(ready, 0, len(ready), since, count)
             low[n - 1] = max(low[n - 1], seen[count - 1] if count else -1)

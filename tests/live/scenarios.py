@@ -54,6 +54,8 @@ class Scenario:
         RPS off, RPS on, RFS; small draws take turns.
     witness : {"", "links", "calls"}
         What bpftrace watches beside perf (witness.py).
+    events : str
+        Preset of tracepoints.
     checked : float
         Share of the data packets that the judge must have checked, beside those that perf did not show.
     """
@@ -76,6 +78,7 @@ class Scenario:
     states: tuple[str, ...] = ("off", "on")
     rcvbuf: int = 4 << 20
     witness: str = ""
+    events: str = "std"
     checked: float = 0.97
     builtin: tuple[tuple[str, Any], ...] = ()
 
@@ -122,7 +125,8 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario("SO_REUSEPORT, TCP", "reuseport", flows=8),
     Scenario("SO_REUSEPORT, UDP", "reuseport", "udp", flows=8),
     Scenario("forked, shared listener", "fork", flows=2),
-    Scenario("forked, shared UDP socket", "fork", "udp", checked=0.4),
+    # The entries of their calls tell most of them apart.
+    Scenario("forked, shared UDP socket", "fork", "udp", events="full", checked=0.4),
     # How packets come in.
     Scenario("NAPI veth with GRO", gro=True, states=ALL),
     Scenario("NAPI veth with GRO, UDP", proto="udp", gro=True),
@@ -165,7 +169,7 @@ def record(scenario: Scenario, state: str, out: Path, packets: int, journal: Tra
             stack.enter_context(settled(scenario, state, dst, bed.src, journal))
         load = workload_of(scenario, dst, out, messages)
         return capture(
-            out, workload=load, idle="spin", transaction=journal,
+            out, workload=load, idle="spin", events=scenario.events, transaction=journal,
             configuration={"scenario": scenario.name, "rps": state}, **options,
         )  # fmt: skip
 
