@@ -108,7 +108,7 @@ def _packets() -> list[Variable]:
         v("time", ps, "datetime64[ns]", "", REAL, "time at the stage",
           "perf stamp of the stage's event, CLOCK_MONOTONIC ns plus /clocks axis_offset", "NaT: the stage was not seen for this packet"),
         v("cpu", ps, "int16", "1", "", "CPU at the stage", "CPU on which the stage's event was raised", "-1: the stage was not seen"),
-        v("flow", p, "int32", "1", "", "flow", "row of /flows: the directed 5-tuple", "-1: not an IP packet"),
+        v("flow", p, "int32", "1", "", "flow", "row of /flows: a direction of a TCP connection, or of a UDP 5-tuple", "-1: not an IP packet"),
         v("direction", p, "int8", "1", "", "direction", "received by this host or sent by it", flags=DIRECTIONS),
         v("wire_len", p, "int64", "byte", "", "length on the wire", "frame length, link layer header included", "-1: no pcap packet"),
         v("payload_len", p, "int32", "byte", "", "payload", "bytes of layer 4 payload, from the IP length", "-1: unknown"),

@@ -66,7 +66,7 @@ class Joined:
     packets : Columns, dims (packet,)
         The per-packet variables of docs/schema.md, codes as in stages.py.
     flows : Columns, dims (flow,)
-        One per direction of a 5-tuple; ``attrs["labels"]`` has their text.
+        One per direction of a TCP connection or of another 5-tuple; ``attrs["labels"]`` has their text.
     coverage : Columns, dims (stage,)
         ``expected``, ``matched``, ``doubtful`` (stagetrust.py) and one count per status for the missing.
     clock : ClockMap

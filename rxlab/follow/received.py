@@ -9,11 +9,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
+from rxlab.follow.connections import Connections
 from rxlab.follow.consumption import unwrap_sequence
 from rxlab.follow.handshake import handshake_kinds
 from rxlab.follow.status import TCP, UDP
 from rxlab.read.columns import Columns
 
+# Of one 5-tuple; as many flows as a capture can hold fit beside it into 63 bits.
+_MOST_CONNECTIONS = 1 << 30
 _FLOW_NAMES = ("ip_version", "src_hi", "src_lo", "dst_hi", "dst_lo", "sport", "dport", "proto")
 
 
@@ -36,13 +39,14 @@ def received_packets(packets: Columns, machine: Machine) -> tuple[Columns, Colum
 
 
 class FlowsSeen:
-    """The directed flows of the packets that came in, gathered from a capture in pieces.
+    """The directed flows of the packets that came in, gathered from a capture in pieces; a flow is one TCP connection's.
 
     Their numbers follow the flow numbers of the capture, so they are known only when all of it was seen.
     """
 
     def __init__(self) -> None:
         self._keys = np.empty(0, np.int64)
+        self._connections = Connections()
         self._heads: list[Columns] = []
         self.n_packets = 0
 
@@ -52,9 +56,11 @@ class FlowsSeen:
         return len(self._keys)
 
     def take(self, packets: Columns, machine: Machine) -> Columns:
-        """Return the packets of the next piece that came in, each with its ``row`` among all of them and its flow's ``key``."""
+        """Return the received packets of the next piece, each with its ``row`` among all of them and its flow's ``key``."""
         received = packets.take(np.flatnonzero(is_received(packets, machine)))
-        key = np.where(received["flow"] >= 0, received["flow"].astype(np.int64) * 2 + received["flow_dir"], -1)
+        tuples = np.where(received["flow"] >= 0, received["flow"].astype(np.int64) * 2 + received["flow_dir"], -1)
+        ordinals = self._connections.ordinals(received, tuples, self._keys // _MOST_CONNECTIONS)
+        key = np.where(tuples >= 0, tuples * _MOST_CONNECTIONS + np.minimum(ordinals, _MOST_CONNECTIONS - 1), -1)
         first = np.flatnonzero(~pd.Series(key).duplicated().to_numpy())
         numbers = key[first]
         new = (numbers >= 0) & ~np.isin(numbers, self._keys)
@@ -74,7 +80,10 @@ class FlowsSeen:
         """Return the table of the flows seen."""
         order = np.argsort(self._keys)
         flows = Columns({name: np.concatenate([heads[name] for heads in self._heads])[order] for name in _FLOW_NAMES})
-        flows.attrs["labels"] = [flow_label(flows, row) for row in range(flows.n)]
+        ordinals = (self._keys[order] % _MOST_CONNECTIONS).tolist()
+        flows.attrs["labels"] = [
+            flow_label(flows, row) + (f" #{ordinal + 1}" if ordinal else "") for row, ordinal in enumerate(ordinals)
+        ]
         return flows
 
 
