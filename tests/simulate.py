@@ -317,6 +317,7 @@ class _Readers:
         self.left_cpu: dict[int, dict[str, Any]] = {}
         self.came: dict[int, dict[str, Any]] = {}
         self.slept: dict[int, dict[str, Any]] = {}
+        self.ran: dict[int, tuple[int, dict[str, Any]]] = {}
         self.calls = 0
         self.inside: set[int] = set()  # tasks that went to sleep in a receive call
         self.waiting, self.aside = [0] * self.n_sockets, [0] * self.n_sockets
@@ -436,15 +437,17 @@ class _Readers:
     def _work(self, now: int, task: int) -> None:
         """Make one receive call, or go to sleep."""
         waiting = sum(len(queue) for queue in self.queues)
-        ran = None
         free = self._not_blind(now, 70_000 + 700 * waiting, task)
         if free > now:
             # The blind task takes its CPU; the switch back is not seen. A datagram that was there is the reader's since it first ran.
-            ran = None if self.told.is_tcp else (now, self.came[task])
+            if not self.told.is_tcp:
+                self.ran.setdefault(task, (now, self.came[task]))
             self._switch(now, task, out=True, state=0)
             self.log.rows["sched:sched_switch"][-1]["next_pid"] = BLIND
             self._switch(free, task, out=False)
-            now = free + 500
+            self._push(free + 500, 1, task)
+            return
+        ran = self.ran.pop(task, None)
         mine = [s for s in range(self.n_sockets) if task in self._tasks(s) and self.queues[s]]
         if not mine:
             if not self.told.polling:

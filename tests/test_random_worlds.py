@@ -83,6 +83,31 @@ FOUND: list[dict[str, Any]] = [
         "polling": True, "repeat_share": 0.05, "swap_share": 0.02, "lock_every": 3, "gro": 4,
         "blind": ((0, 363_237, 763_237), (0, 795_867, 3_795_867), (1, 1_344_102, 1_744_102)),
     },
+    # More skbs than are looked at lay between an skb without a driver's event and its packet.
+    {
+        "seed": 1, "n": 1000, "rps": True, "mean_gap_ns": 4_000, "stamp": "bracket", "max_payload": 64, "work_ns": 25_000,
+        "swap_share": 0.02, "swap_depth": 3, "repeat_share": 0.05, "lock_every": 3, "gro": 4, "lost_share": 0.02,
+        "lost_burst": 5.0,
+    },
+    # An address's receive fell into one blind window, the driver's event of its next life into another.
+    {
+        "seed": 0, "n": 300, "rps": True, "mean_gap_ns": 15_000, "max_payload": 64, "n_addresses": 16,
+        "blind": ((1, 1_000_000, 1_400_000), (0, 1_300_000, 1_700_000)),
+    },
+    # Dropped was the other of two datagrams that the freed skb could be.
+    {
+        "seed": 28, "n": 600, "proto": "udp", "rps": True, "mean_gap_ns": 8_000, "stamp": "bracket", "max_payload": 64,
+        "n_addresses": 64, "polling": True, "drop_share": 0.2, "lost_share": 0.1, "lost_burst": 5.0,
+    },
+    # A call whose return was lost, before a peek that was seen, or the last of its reader.
+    {
+        "seed": 5, "n": 300, "proto": "udp", "rps": True, "mean_gap_ns": 30_000, "max_payload": 31, "n_addresses": 64,
+        "readers": 2, "shared": True, "stall_share": 0.1, "peek": True, "lost_share": 0.1, "lost_burst": 30.0,
+    },
+    {
+        "seed": 0, "n": 300, "proto": "udp", "mean_gap_ns": 30_000, "stamp": "bracket", "max_payload": 31, "n_addresses": 64,
+        "work_ns": 5_000, "readers": 2, "shared": True, "stall_share": 0.1, "behind": True, "peek": True, "lost_share": 0.05,
+    },
 ]  # fmt: skip
 
 

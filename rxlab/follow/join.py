@@ -173,7 +173,12 @@ def follow_part(part: Part, clock: ClockMap, machine: Machine) -> Followed:
     is_tcp, is_udp = received["proto"] == TCP, received["proto"] == UDP
     payload = np.maximum(received["payload_len"].astype(np.int64), 0)
     reason, reasons = drop_reasons(events, path, skb, is_udp)
-    is_freed, call_rank, is_counted = reason > 0, np.full(len(skb), -1, np.int64), np.zeros(len(skb), bool)
+    # Of two that one skb may be, either may be the one that was dropped.
+    is_freed, call_rank, is_counted = (
+        (reason > 0) & (certain >= 0),
+        np.full(len(skb), -1, np.int64),
+        np.zeros(len(skb), bool),
+    )
     if known is not None:
         # Where a datagram was dropped its own slab has seen it.
         reason = np.where(known.is_counted & is_udp, 0, reason)

@@ -28,16 +28,11 @@ BIRTHS = (
     "net:napi_gro_receive_entry",
     "net:netif_receive_skb",
 )
+# In less than this no skb is read, freed and born again where one task is blind.
+LIFE_NS = 50_000
 _NEVER = np.iinfo(np.int64).max
-_EMPTY = Columns(
-    {
-        "time": np.empty(0, np.int64),
-        "rank": np.empty(0, np.int64),
-        "cpu": np.empty(0, np.int32),
-        "pid": np.empty(0, np.int32),
-        "tid": np.empty(0, np.int32),
-    }
-)
+_EMPTY_TYPES = {"time": np.int64, "rank": np.int64, "cpu": np.int32, "pid": np.int32, "tid": np.int32}
+_EMPTY = Columns({name: np.empty(0, dtype) for name, dtype in _EMPTY_TYPES.items()})
 
 
 @dataclass
@@ -136,7 +131,8 @@ def follow_kernel(
     lossy : Hidden
         Where events were lost: links that reach across are not made.
     hidden : Hidden
-        Lost or blind: nor are those of packets that RPS moved, which may be processed long after the softirq that moved them.
+        Lost or blind: nor are those of packets that RPS moved, which may be processed long after the softirq that moved them, and those
+        to a driver's event so long ago that an earlier life of the address may have had it.
     """
     receive = on_device(event_columns(events, "net:netif_receive_skb"), iface)
     n = receive.n
@@ -148,7 +144,7 @@ def follow_kernel(
         path.columns = path.columns.with_columns(**{name: np.empty(0, np.int64) for name in _COLUMN_NAMES})
         return path
     end_of_life = beside(_end_of_life, receive["rank"], facts["skbaddr"], events)
-    driver = _link_driver(path, receive, events, iface, lossy)
+    driver = _link_driver(path, receive, events, iface, lossy, hidden)
     path.columns = path.columns.with_columns(end_rank=end_of_life(), **driver)
     entered = beside(_link_entry, path, events, irqs or {}, lossy, hidden)
     _link_socket(path, events, lossy)
@@ -191,7 +187,7 @@ def _first_rank(events: list[tuple[np.ndarray, np.ndarray]], rank: np.ndarray, g
 
 
 def _link_driver(
-    path: KernelPath, receive: Columns, events: Mapping[str, Columns], iface: str, hidden: Hidden
+    path: KernelPath, receive: Columns, events: Mapping[str, Columns], iface: str, lossy: Hidden, hidden: Hidden
 ) -> dict[str, np.ndarray]:
     """Link each skb to the event by which the driver handed it up; tells path kind, queue, hash and the stamp's window."""
     n = receive.n
@@ -217,7 +213,9 @@ def _link_driver(
         row = index.last_before(receive["rank"], address)
         rank = index.rank_of(row, -1)
         # An earlier life of the address that nobody saw end would lend its own start.
-        row = np.where((rank > previous) & ~hidden.touch(pick(found["time"], row, NAT), receive["time"]), row, -1)
+        since, until = pick(found["time"], row, NAT), receive["time"]
+        unclear = lossy.touch(since, until) | (hidden.touch(since, until) & (until - since > LIFE_NS))
+        row = np.where((rank > previous) & ~unclear, row, -1)
         if name == "net:netif_rx":
             handed_over = pick(found["time"], row, NAT)
         # netif_rx_entry precedes netif_rx of the same call and is the better start.

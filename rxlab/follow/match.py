@@ -171,15 +171,16 @@ def match_packets(
     # The packets each event could be: a slice of the stamps. A few wide windows (events at a stall, or without a successor)
     # then cost little, and no other event its place.
     middle = places(stamp, event_time[events])
-    first = np.maximum(places(stamp, low), middle - MAX_CANDIDATES)
-    last = np.minimum(places(stamp, high, inclusive=True), middle + MAX_CANDIDATES)
+    earliest, latest = places(stamp, low), places(stamp, high, inclusive=True)
+    first = np.maximum(earliest, middle - MAX_CANDIDATES)
+    last = np.minimum(latest, middle + MAX_CANDIDATES)
     x_len, e_len = packet_len[packets].astype(np.int64), event_len[events].astype(np.int64)
     chosen, ambiguous = _heaviest_chain(stamp, x_len, e_len, event_time[events], first, last)
     if may_overtake is not None:
         left = _Left(stamp, x_len, e_len, event_time[events], first, last)
         ambiguous = left.match(chosen, ambiguous, may_overtake[events])
     if may_miss:
-        clipped = (last - first) > MAX_CANDIDATES
+        clipped = (first > earliest) | (last < latest)
         ambiguous = ambiguous | ~_is_forced(x_len, e_len, first, last, clipped, chosen)
     result = np.full(len(packet_time), -1, np.int64)
     result[packets] = np.where(chosen >= 0, events[np.maximum(chosen, 0)], -1)
@@ -340,11 +341,14 @@ def _is_forced(x_len, e_len, first, last, clipped, chosen):
     """Tell which packets have the event they would have in every order-preserving assignment that uses all events.
 
     All packets were captured, so every event has one; where the earliest and the latest assignment agree there is no other.
+    An event of which not all packets were looked at (`clipped`) may have any: it takes none from the others.
     """
     n, m = len(x_len), len(e_len)
     early, late = np.full(m, -1, np.int64), np.full(m, -1, np.int64)
     free = 0
     for j in range(m):
+        if clipped[j]:
+            continue
         for i in range(max(first[j], free), last[j]):
             if x_len[i] == e_len[j]:
                 early[j] = i
@@ -352,6 +356,8 @@ def _is_forced(x_len, e_len, first, last, clipped, chosen):
                 break
     free = n
     for j in range(m - 1, -1, -1):
+        if clipped[j]:
+            continue
         for i in range(min(last[j], free) - 1, first[j] - 1, -1):
             if x_len[i] == e_len[j]:
                 late[j] = i
@@ -360,7 +366,7 @@ def _is_forced(x_len, e_len, first, last, clipped, chosen):
     forced = np.zeros(n, np.bool_)
     for i in range(n):
         j = chosen[i]
-        forced[i] = j < 0 or (early[j] == i and late[j] == i and not clipped[j])
+        forced[i] = j < 0 or (early[j] == i and late[j] == i)
     return forced
 
 

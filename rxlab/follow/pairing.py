@@ -18,6 +18,9 @@ from rxlab.stages import PATH_KINDS, STAGE_INDEX
 _RX = STAGE_INDEX["netif_receive_skb"]
 # How long after netif_receive_skb a tap stamps at most where lost events leave it open.
 LOSSY_TAP_NS = 20_000
+# How long before it is queued to a CPU's backlog an skb was stamped at most, of two CPUs that queue to the same.
+TO_QUEUE_NS = 50_000
+_FIRST = np.iinfo(np.int64).min // 4
 
 
 def tolerance_of(clock: ClockMap) -> int:
@@ -126,15 +129,26 @@ def _stamp_windows(
         is_napi = columns["path_kind"] == PATH_KINDS.index("napi")
         expected = np.where(has_driver & ~is_napi, columns["stamp_low"], rx_time)
         if not has_driver.all():
-            # A CPU's backlog is a queue: what it processed before another packet had come, and was stamped, before that.
-            limit = _least_of_later(path, high)
-            high = np.where(has_driver, high, np.minimum(high, limit))
-            expected = np.where(has_driver, expected, np.minimum(expected, limit))
+            # A CPU's backlog is a queue: what it processed before another packet had come, and was stamped, before that; and after
+            # those processed before it, but for the time from a stamp to the queue.
+            since = _greatest_of_earlier(path, np.where(has_driver, low, _FIRST)) - TO_QUEUE_NS
+            low = np.where(has_driver, low, np.maximum(low, since))
+            high = np.where(has_driver, high, np.minimum(high, _least_of_later(path, high)))
+            expected = np.where(has_driver, expected, np.minimum(expected, _least_of_later(path, expected)))
         return low, high, expected
     if position == "tap":
         return rx_time - tolerance, _tap_limit(path, lossy) + tolerance, rx_time
     first = path.first_event()
     return first - STALL_NS, first + tolerance, first
+
+
+def _greatest_of_earlier(path: KernelPath, instants: np.ndarray) -> np.ndarray:
+    """Return for each skb the greatest of the `instants` of it and those that its CPU processed before it."""
+    cpu = path.cpu[:, _RX].astype(np.int64)
+    order = np.lexsort((path.rank[:, _RX], cpu))
+    greatest = np.empty(len(instants), np.int64)
+    greatest[order] = running_max(instants[order], cpu[order])
+    return greatest
 
 
 def _least_of_later(path: KernelPath, instants: np.ndarray) -> np.ndarray:

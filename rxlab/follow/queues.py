@@ -32,6 +32,7 @@ RACE_NS = 10_000
 MAX_READERS = 64
 # A socket that nobody read for this long before its first datagram had nothing to read.
 QUIET_NS = 10_000_000
+_NEVER = np.iinfo(np.int64).max
 _RX, _READY = STAGE_INDEX["netif_receive_skb"], STAGE_INDEX["data_ready"]
 
 
@@ -355,15 +356,40 @@ def _overtaken_in_call(
     # A lost call may have overtaken whatever was returned before its task's next one.
     low = np.where(is_sure, np.maximum(reach, emptied[np.maximum(until, 1) - 1] + 1), reach)
     high, itself = until, (place >= 0).astype(np.int64)
-    for reader in np.unique(tid).tolist():
-        final = np.flatnonzero(tid == reader)[-1:]
-        if lossy.touch(receives["time"][calls[final]], receives["time"][calls[-1:]]).any():
-            low, high, itself = np.append(low, until[final]), np.append(high, len(at)), np.append(itself, 0)
+    # What a call whose return nobody saw took was one of those that others returned meanwhile, or of what was left.
+    lost = _unseen_returns(receives, np.unique(tid), begun, lossy)
+    low = np.append(low, np.searchsorted(returned, lost[0], side="right"))
+    high = np.append(high, np.searchsorted(returned, lost[1], side="left"))
+    itself = np.append(itself, np.zeros(len(lost[0]), np.int64))
     several = np.flatnonzero(high - low > itself)
     np.add.at(doubt, at[low[several]], 1)
     np.add.at(doubt, at[high[several] - 1] + 1, -1)
     beside = at[_beside_unplaced(since, rank, place < 0)[placed]]
     return (np.cumsum(doubt)[:-1] > 0) | np.isin(np.arange(len(doubt) - 1), beside)
+
+
+def _unseen_returns(
+    receives: Columns, readers: np.ndarray, begun: Begun, lossy: Hidden
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ranks between which a reader may have dequeued and returned what no call is seen to return.
+
+    Between two of its calls, peeks too, where events may be missing; and after its last, for the recording ends as well: unless
+    it fell asleep then and is not seen to come back. From a sleep on, where all up to that was seen.
+    """
+    rows = np.flatnonzero(np.isin(receives["tid"], readers))
+    tid = receives["tid"][rows].astype(np.int64)
+    rows, tid = rows[np.argsort(tid, kind="stable")], np.sort(tid, kind="stable")
+    rank, time = receives["rank"][rows], receives["time"][rows]
+    is_last = np.append(tid[1:] != tid[:-1], True)
+    until, end = (np.where(is_last, _NEVER, np.append(one[1:], _NEVER)) for one in (rank, time))
+    wanted = is_last | lossy.touch(time, end)
+    rank, time, tid, until, end, is_last = (one[wanted] for one in (rank, time, tid, until, end, is_last))
+    left = begun.sleeps.last_before(until, tid)
+    slept, since = begun.sleeps.rank_of(left, -1), pick(begun.slept_time, left, NAT)
+    is_told = (slept > rank) & ~lossy.touch(time, since)
+    came = begun.returns.rank_of(begun.returns.first_after(slept, tid), _NEVER)
+    stays = is_told & ((came == _NEVER) | ~is_last) & ~lossy.touch(since, end)
+    return np.where(is_told, slept, rank)[~stays], until[~stays]
 
 
 def _beside_unplaced(since: np.ndarray, rank: np.ndarray, is_unplaced: np.ndarray) -> np.ndarray:
