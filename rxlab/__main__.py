@@ -270,24 +270,25 @@ def analyze(
         int | None,
         typer.Option(help="Events to hold at a time; by default all, or a million of a recording above 1 GB."),
     ] = None,
+    sender_pcap: Annotated[
+        Path | None, typer.Option(help="Capture of the host that sent: one-way latencies, as intervals.")
+    ] = None,
+    clock_error: Annotated[
+        int | None, typer.Option(min=0, metavar="NS", help="The two hosts' clocks agree to within NS (PTP).")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Join a run's packets and events into the dataset."""
     from rxlab.pipeline import analysis_threshold, analyze_run
+    from rxlab.show.text import analysis_text
 
+    hosts: dict[str, Any] = {"sender_pcap": sender_pcap, "clock_error": clock_error}
     with _working("analysing"):
-        result = analyze_run(run, out=out, perf=perf, pcap=pcap, iface=iface, chunks=chunks, say=_say)
+        result = analyze_run(run, out=out, perf=perf, pcap=pcap, iface=iface, chunks=chunks, say=_say, **hosts)
     if as_json:
         print_json(result)
     else:
-        print(
-            f"dataset: {result['dataset']}  packets {result['packets']}  complete {result['complete']:.4f}  verdict {result['verdict']}"
-        )
-        if result.get("left_out"):
-            left = ", ".join(f"{count} {name}" for name, count in result["left_out"].items())
-            print(f"statistics leave out {sum(result['left_out'].values())} data packets: {left}")
-        for reason in result["reasons"]:
-            print(f"because {reason}")
+        print(analysis_text(result))
     below = analysis_threshold(result)
     if below:
         raise RefusedError(below, where=str(run or perf))
@@ -331,7 +332,7 @@ def show(
         print(phases_text(function_phases(run)))
         return
     if moves:
-        from rxlab.pipeline import reader_moves_text
+        from rxlab.show.text import reader_moves_text
 
         print(reader_moves_text(run))
         return

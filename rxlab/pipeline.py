@@ -398,17 +398,32 @@ def analyze_run(
     pcap: str | os.PathLike[str] | None = None,
     iface: str | None = None,
     chunks: int | None = None,
+    sender_pcap: str | os.PathLike[str] | None = None,
+    clock_error: int | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Analyse a run directory (`chunks` as :class:`rxlab.dataset.run.Run` has it), save the dataset and return what to tell about it.
 
+    With a `sender_pcap` also the one-way latencies from its host (`clock_error`: ns within which both clocks agree); of two captures only these.
+
     Returns
     -------
     dict
-        ``dataset, packets, data_packets, trusted, complete, left_out`` (by status), ``verdict, reasons, missing_stages``.
+        ``dataset, packets, data_packets, trusted, complete, left_out`` (by status), ``verdict, reasons, missing_stages``; with a
+        sender's capture ``one_way`` (:func:`rxlab.dataset.twohosts.facts_of`).
     """
+    from rxlab.dataset.twohosts import analyze_two_captures, facts_of
+
     if out is not None:
         rundir.check_out(Path(out), lambda begin: begin.startswith(b"\x89HDF"))
+    if clock_error is not None and sender_pcap is None:
+        raise UsageError("--clock-error is about two hosts' clocks", expected="--sender-pcap FILE")
+    if sender_pcap and pcap and not perf and path is None:
+        target = Path(out or Path(pcap).with_suffix(".nc"))
+        tree = analyze_two_captures(sender_pcap, pcap, target, clock_error=clock_error)
+        return {**_untraced(target), "packets": tree["crossings"].sizes["arrival"], "one_way": facts_of(tree)}
+    if sender_pcap and path is None:
+        raise UsageError("the sender's capture is alone", expected="a run directory, or --pcap FILE of the receiver")
     if (perf or pcap) and chunks is None:
         return _analyze_recordings(path, out, perf, pcap, iface)
     if path is None or perf or pcap:
@@ -420,21 +435,26 @@ def analyze_run(
         raise FormatError(
             "a traced run without its recording", where=str(path), expected=missing, do="Record it again."
         )
-    if not run.is_traced:
-        run.analyze(target)
-        return {
-            "dataset": str(target),
-            "packets": 0,
-            "data_packets": 0,
-            "complete": 0.0,
-            "verdict": "untraced",
-            "reasons": [],
-        }
-    gone = run.missing_stages()
+    gone = run.missing_stages() if run.is_traced else []
     if gone:
         say(f"stages of which this recording has no event: {', '.join(gone)}")
-    run.analyze(target)
-    return {**_outcome(target, run.joined, run.verify()), "missing_stages": gone}
+    tree = run.analyze(target, sender_pcap=sender_pcap, clock_error=clock_error)
+    told = _outcome(target, run.joined, run.verify()) if run.is_traced else _untraced(target)
+    if sender_pcap is not None:
+        told["one_way"] = facts_of(tree)
+    return {**told, "missing_stages": gone}
+
+
+def _untraced(target: Path) -> dict[str, Any]:
+    """Return what to tell where no packet was followed."""
+    return {
+        "dataset": str(target),
+        "packets": 0,
+        "data_packets": 0,
+        "complete": 0.0,
+        "verdict": "untraced",
+        "reasons": [],
+    }
 
 
 def _analyze_recordings(
@@ -478,12 +498,3 @@ def verification_threshold(result: Mapping[str, Any]) -> str | None:
     if result["misjoined"]:
         return f"{result['misjoined']} packets are joined to the wrong receive call"
     return analysis_threshold(result)
-
-
-def reader_moves_text(path: str | os.PathLike[str]) -> str:
-    """Return when the readers of a traced run changed their CPU and how long packets were processed elsewhere, as lines."""
-    from rxlab.follow.steering import reader_moves
-    from rxlab.show.facts import moves_text
-
-    run = open_run(path)
-    return moves_text(reader_moves(run.perf.events, run.joined), run.joined.flows.attrs["labels"])

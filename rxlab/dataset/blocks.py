@@ -27,6 +27,7 @@ def save_in_blocks(
     host: Mapping[str, Any],
     counters: Mapping[str, Any] | None = None,
     app_latency: Mapping[str, Any] | None = None,
+    beside: Mapping[str, xr.Dataset] | None = None,
     block: int | None = None,
 ) -> Path:
     """Lay out and write what :func:`rxlab.dataset.store.build` and ``save`` do, holding a block of packets at a time.
@@ -36,13 +37,19 @@ def save_in_blocks(
     joined : Joined
         Its columns may lie in files (:class:`rxlab.follow.rowtable.RowTable`).
     path : path-like
-    run, host, counters, app_latency
+    run, host, counters, app_latency, beside
         As ``build`` has them.
     block : int
         Packets at a time; by default those of :data:`rxlab.dataset.store.BLOCK`.
     """
     block = block or store.BLOCK
-    facts: dict[str, Any] = {"run": run, "host": host, "counters": counters, "app_latency": app_latency}
+    facts: dict[str, Any] = {
+        "run": run,
+        "host": host,
+        "counters": counters,
+        "app_latency": app_latency,
+        "beside": beside,
+    }
     n = joined.packets.n
     head = store.build(joined, **facts, rows=slice(0, min(block, n)))
     with written(path) as temporary:

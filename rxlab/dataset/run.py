@@ -27,12 +27,13 @@ from rxlab.dataset.largerun import (
     slabs_around,
 )
 from rxlab.dataset.store import build, open_dataset, read_app_logs, save
+from rxlab.dataset.twohosts import compare_with_sender
 from rxlab.errors import ClockError, FormatError, RxlabError, TruncatedFileError, UsageError
 from rxlab.follow.align import align_recordings
 from rxlab.follow.clockfit import ClockMap, fit_constant
 from rxlab.follow.crossfit import RAW_CLOCK, fit_nic, fit_raw
 from rxlab.follow.join import Joined, join
-from rxlab.follow.received import Machine
+from rxlab.follow.received import Machine, is_received
 from rxlab.follow.slabs import join_in_slabs
 from rxlab.follow.verify import message_of_packets, read_app_log, verify_join
 from rxlab.read.columns import Columns
@@ -189,19 +190,35 @@ class Run:
         saved = self.rundir.file(DATASET)
         return open_dataset(saved) if saved.is_file() and self._is_fresh(saved) else self.analyze()
 
-    def analyze(self, out: str | os.PathLike[str] | None = None) -> xr.DataTree:
+    def analyze(
+        self,
+        out: str | os.PathLike[str] | None = None,
+        *,
+        sender_pcap: str | os.PathLike[str] | None = None,
+        clock_error: int | None = None,
+    ) -> xr.DataTree:
         """Join, and lay the result out as labelled data.
 
         Parameters
         ----------
         out : path-like, optional
             Also save it there as netCDF4.
+        sender_pcap : path-like, optional
+            A capture of the same traffic on the host that sent it: every packet gets the interval of its one-way latency
+            (:func:`rxlab.follow.twohosts.align_two_hosts`).
+        clock_error : int, optional
+            Both captures' clocks agree to within so many nanoseconds.
 
         Returns
         -------
         xarray.DataTree
-            Groups ``/packets /hops /flows /coverage /clocks /counters /app`` (docs/schema.md). A run recorded without
-            trace has only the last two.
+            Groups ``/packets /hops /flows /coverage /clocks /counters /app``, with a sender's capture ``/twohosts /crossings``
+            (docs/schema.md). A run recorded without trace has only the last two of the first.
+
+        Raises
+        ------
+        ClockError
+            The captures have no packets in common, or the clocks do not agree as said.
         """
         joined = self.joined if self.is_traced else None
         facts: dict[str, Any] = {
@@ -210,6 +227,11 @@ class Run:
             "counters": self.counters,
             "app_latency": read_app_logs(self.rundir),
         }
+        if sender_pcap is not None:
+            received = is_received(self.packets, machine_of(self.run, self.host))
+            two = compare_with_sender(self.packets, received, sender_pcap, clock_error, self.run.get("stamps") == "nic")
+            facts["beside"] = two.groups
+            joined = two.joined(joined) if joined is not None else None
         if joined is not None and self.chunks is not None and out is not None:
             return open_dataset(save_in_blocks(joined, out, **facts))
         tree = build(joined, **facts)

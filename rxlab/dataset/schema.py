@@ -7,13 +7,13 @@ test keeps the two equal.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
+from rxlab.dataset.twohostschema import crossing_variables, interval_variables, twohost_variables
+from rxlab.dataset.variables import Variable
 from rxlab.errors import SchemaError
 from rxlab.follow.stagetrust import MAX_DOUBTFUL, STAGE_VERDICTS
 from rxlab.stages import ATTRIBUTIONS, HANDSHAKES, PATH_KINDS, READER_KINDS, STAGE_NAMES, STATUSES, TOTALS
@@ -32,68 +32,6 @@ RESIDUAL_QUANTILES = (0.0, 0.01, 0.5, 0.99, 1.0)
 STEP_NAMES: tuple[str, ...] = STAGE_NAMES[1:]
 TOTAL_NAMES: tuple[str, ...] = tuple(name for name, *_ in TOTALS)
 HOP_NAMES: tuple[str, ...] = STEP_NAMES + TOTAL_NAMES
-
-
-@dataclass(frozen=True)
-class Variable:
-    """One variable of one group.
-
-    Attributes
-    ----------
-    group, name : str
-    dims : tuple of str
-    dtype : str
-        As NumPy spells it; ``str`` for text.
-    units : str
-        UDUNITS spelling; empty for text, labels and timestamps (whose unit is their dtype).
-    clock : str
-        The clock of a timestamp, or the one a duration was measured with; empty where no clock is involved.
-    long_name, definition : str
-        A title for an axis; what exactly it is, for a duration "from event A to event B".
-    missing : str
-        When the value may be missing, and how that looks.
-    optional : bool
-        The whole variable may be absent. If it is present, it means this.
-    flags : tuple of str
-        Meanings of a coded variable, for the CF attributes ``flag_values`` and ``flag_meanings``.
-    first_flag : int
-        Code of the first meaning.
-    """
-
-    group: str
-    name: str
-    dims: tuple[str, ...]
-    dtype: str
-    units: str
-    clock: str
-    long_name: str
-    definition: str
-    missing: str = "never"
-    optional: bool = False
-    flags: tuple[str, ...] = ()
-    first_flag: int = 0
-
-    @property
-    def path(self) -> str:
-        """Return ``group/name``, as messages and the markdown table spell it."""
-        return f"{self.group}/{self.name}"
-
-    def attrs(self) -> dict[str, Any]:
-        """Return the attributes that the stored variable carries."""
-        attrs: dict[str, Any] = {"long_name": self.long_name, "definition": self.definition, "missing": self.missing}
-        if self.units:
-            attrs["units"] = self.units
-        if self.clock:
-            attrs["clock"] = self.clock
-        if self.flags:
-            attrs.update(flag_attrs(self.flags, self.dtype, self.first_flag))
-        return attrs
-
-
-def flag_attrs(meanings: Iterable[str], dtype: str, first: int = 0) -> dict[str, Any]:
-    """Return CF ``flag_values`` and ``flag_meanings``; blanks inside a meaning become underscores, as CF separates by blanks."""
-    words = ["_".join(str(word).split()) or "_" for word in meanings]
-    return {"flag_values": np.arange(first, first + len(words), dtype=dtype), "flag_meanings": " ".join(words)}
 
 
 def _packets() -> list[Variable]:
@@ -151,6 +89,7 @@ def _packets() -> list[Variable]:
         v("trusted", p, "bool", "1", "", "trusted",
           "the call that read the packet is named without doubt: status complete, or lost or blind with stages that were not delivered; never in a refused run"),
         v("is_data", p, "bool", "1", "", "carries payload", "payload a reader can consume; the denominator of completeness"),
+        *interval_variables("packets", optional=True),
         v("drop_reason", p, "int16", "1", "", "drop reason", "reason of skb:kfree_skb, code of the attribute flag_meanings", "0: not dropped", True),
     ]  # fmt: skip
 
@@ -333,6 +272,8 @@ SCHEMA: tuple[Variable, ...] = (
     *_counters(),
     *_app(),
     *_moves(),
+    *twohost_variables(),
+    *crossing_variables(),
     *_sweep(),
 )
 BY_PATH: dict[str, Variable] = {variable.path: variable for variable in SCHEMA}

@@ -20,6 +20,7 @@ import xarray as xr
 from rxlab.dataset import schema
 from rxlab.dataset.moves import reader_moves
 from rxlab.dataset.steering import delivered, predicted_cpus, rps_maps
+from rxlab.dataset.variables import flag_attrs
 from rxlab.dataset.writing import write, written
 from rxlab.errors import FormatError, RxlabError
 from rxlab.follow.stagetrust import stage_verdicts
@@ -50,6 +51,7 @@ def build(
     host: Mapping[str, Any],
     counters: Mapping[str, Any] | None = None,
     app_latency: Mapping[str, Any] | None = None,
+    beside: Mapping[str, xr.Dataset] | None = None,
     rows: slice = slice(None),
 ) -> xr.DataTree:
     """Lay a run out as labelled groups.
@@ -62,6 +64,8 @@ def build(
         Contents of run.json, host.json and counters.json.
     app_latency : dict, optional
         ``"server"``, ``"client"`` and ``"moves"``: the workload's own logs as arrays with named fields (:func:`read_app_logs`).
+    beside : dict, optional
+        Groups that are laid out already (:func:`rxlab.dataset.twohosts.groups_of`).
     rows : slice, optional
         Only these packets in /packets and /hops; the other groups tell of all.
 
@@ -84,7 +88,7 @@ def build(
         groups["counters"] = _counters(counters.get("difference", counters))
     if app_latency:
         groups["app"] = _app(app_latency, run)
-    tree = xr.DataTree.from_dict(groups)
+    tree = xr.DataTree.from_dict({**groups, **(beside or {})})
     schema.validate(tree)
     return tree
 
@@ -172,7 +176,7 @@ def _root_attrs(joined: Any, run: Mapping[str, Any], host: Mapping[str, Any]) ->
     return attrs
 
 
-def _array(group: str, name: str, values: Any, **attrs: Any) -> xr.Variable:
+def laid(group: str, name: str, values: Any, **attrs: Any) -> xr.Variable:
     """Return a variable of the schema: its dims, dtype and attributes around these values."""
     spec = schema.variable(group, name)
     if spec.dtype == "str":
@@ -193,9 +197,9 @@ def _packets(joined: Any, run: Mapping[str, Any], host: Mapping[str, Any], offse
     columns: Columns = joined.packets
     time = np.asarray(joined.time)
     variables: dict[str, xr.Variable] = {
-        "stage": _array("packets", "stage", STAGE_NAMES),
-        "time": _array("packets", "time", _on_real_axis(time, offset)),
-        "cpu": _array("packets", "cpu", joined.cpu),
+        "stage": laid("packets", "stage", STAGE_NAMES),
+        "time": laid("packets", "time", _on_real_axis(time, offset)),
+        "cpu": laid("packets", "cpu", joined.cpu),
     }
     direct = (
         "flow", "direction", "wire_len", "payload_len", "seq", "skb", "socket", "tid", "rx_queue", "rps_cpu", "waker_cpu",
@@ -203,24 +207,27 @@ def _packets(joined: Any, run: Mapping[str, Any], host: Mapping[str, Any], offse
         "last_read_cpu", "sleep_cpu", "reader_kind", "handshake",
     )  # fmt: skip
     for name in direct:
-        variables[name] = _array("packets", name, columns[name])
-    variables["pcap_time"] = _array(
+        variables[name] = laid("packets", name, columns[name])
+    variables["pcap_time"] = laid(
         "packets", "pcap_time", np.asarray(columns["pcap_time"], np.int64).view("datetime64[ns]")
     )
     categories = columns.attrs.get("categories", {})
     for name, first in (("comm", ()), ("drop_reason", ("none",))):
         words = list(categories.get(name, ())) or list(first)
         if name in columns:
-            codes = schema.flag_attrs(words, schema.variable("packets", name).dtype) if words else {}
-            variables[name] = _array("packets", name, columns[name], **codes)
+            codes = flag_attrs(words, schema.variable("packets", name).dtype) if words else {}
+            variables[name] = laid("packets", name, columns[name], **codes)
+    for name in ("oneway_min", "oneway_max", "sender_frame", "crossing"):
+        if name in columns:
+            variables[name] = laid("packets", name, columns[name])
     stack_cpu = joined.cpu[:, STAGE_INDEX["netif_receive_skb"]]
     for name in ("sleep_time", "established_time", "accept_time"):
-        variables[name] = _array("packets", name, _on_real_axis(columns[name], offset))
+        variables[name] = laid("packets", name, _on_real_axis(columns[name], offset))
     predicted = predicted_cpus(columns, rps_maps(host, str(run.get("iface"))))
-    variables["rps_predicted"] = _array("packets", "rps_predicted", predicted)
-    variables["rfs_delivered"] = _array("packets", "rfs_delivered", delivered(stack_cpu, columns["last_read_cpu"]))
+    variables["rps_predicted"] = laid("packets", "rps_predicted", predicted)
+    variables["rfs_delivered"] = laid("packets", "rfs_delivered", delivered(stack_cpu, columns["last_read_cpu"]))
     for name, same in _locality(stack_cpu, columns["reader_cpu"], host.get("cpus") or []).items():
-        variables[name] = _array("packets", name, same)
+        variables[name] = laid("packets", name, same)
     return xr.Dataset(variables)
 
 
@@ -312,8 +319,8 @@ def _hops(joined: Any) -> xr.Dataset:
         np.asarray(joined.time), np.asarray(columns["path_kind"]), np.asarray(columns["t0_stage"])
     )
     kinds = ["step"] * len(schema.STEP_NAMES) + ["total"] * len(schema.TOTAL_NAMES)
-    data = {"latency": _array("hops", "latency", latency), "hop_from": _array("hops", "hop_from", hop_from)}
-    coords = {"hop": _array("hops", "hop", schema.HOP_NAMES), "hop_kind": _array("hops", "hop_kind", kinds)}
+    data = {"latency": laid("hops", "latency", latency), "hop_from": laid("hops", "hop_from", hop_from)}
+    coords = {"hop": laid("hops", "hop", schema.HOP_NAMES), "hop_kind": laid("hops", "hop_kind", kinds)}
     return xr.Dataset(data, coords)
 
 
@@ -341,7 +348,7 @@ def _flows(joined: Any) -> xr.Dataset:
         "proto": flows["proto"],
         "packets": np.bincount(of_packet[of_packet >= 0], minlength=flows.n),
     }
-    return xr.Dataset({name: _array("flows", name, value) for name, value in values.items()})
+    return xr.Dataset({name: laid("flows", name, value) for name, value in values.items()})
 
 
 def _coverage(joined: Any) -> xr.Dataset:
@@ -363,7 +370,7 @@ def _coverage(joined: Any) -> xr.Dataset:
         "packets": np.bincount(status, minlength=len(STATUSES)),
         "trusted": np.bincount(status[np.asarray(joined.packets["trusted"], bool)], minlength=len(STATUSES)),
     }
-    return xr.Dataset({name: _array("coverage", name, value) for name, value in values.items()})
+    return xr.Dataset({name: laid("coverage", name, value) for name, value in values.items()})
 
 
 def _clocks(clock: Any, offset: int) -> xr.Dataset:
@@ -390,7 +397,7 @@ def _clocks(clock: Any, offset: int) -> xr.Dataset:
         "residual": residual,
         "stamp_position": clock.stamp_position,
     }
-    return xr.Dataset({name: _array("clocks", name, value) for name, value in values.items()})
+    return xr.Dataset({name: laid("clocks", name, value) for name, value in values.items()})
 
 
 def _padded(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
@@ -430,13 +437,13 @@ def _counters(difference: Mapping[str, Any]) -> xr.Dataset:
         for name, n in table.items()
     }:
         values |= {"ethtool_name": list(ethtool), "ethtool": list(ethtool.values())}
-    return xr.Dataset({name: _array("counters", name, value) for name, value in values.items()})
+    return xr.Dataset({name: laid("counters", name, value) for name, value in values.items()})
 
 
 def _moves(joined: Any, logs: Mapping[str, Any], offset: int) -> xr.Dataset:
     found = reader_moves(np.asarray(joined.time), np.asarray(joined.cpu), joined.packets, logs.get("moves"))
     found["time"] = (found["time"] + offset).view("datetime64[ns]")
-    return xr.Dataset({name: _array("moves", name, column) for name, column in found.items()})
+    return xr.Dataset({name: laid("moves", name, column) for name, column in found.items()})
 
 
 def _app(logs: Mapping[str, Any], run: Mapping[str, Any]) -> xr.Dataset:
@@ -445,26 +452,24 @@ def _app(logs: Mapping[str, Any], run: Mapping[str, Any]) -> xr.Dataset:
     is_remote = bool((run.get("workload") or {}).get("remote"))
     if (server := logs.get("server")) is not None:
         returned, sent = np.asarray(server["t1"], np.int64), np.asarray(server["sent"], np.int64)
-        variables["received"] = _array("app", "received", returned)
-        variables["message_flow"] = _array("app", "message_flow", server["flow"])
+        variables["received"] = laid("app", "received", returned)
+        variables["message_flow"] = laid("app", "message_flow", server["flow"])
         if not is_remote:
             usable = (sent > 0) & (np.asarray(server["ret"]) > 0)
-            variables["one_way_latency"] = _array(
+            variables["one_way_latency"] = laid(
                 "app", "one_way_latency", np.where(usable, (returned - sent).astype(np.float64), np.nan)
             )
     if (client := logs.get("client")) is not None:
         intended, replied = np.asarray(client["intended"], np.int64), np.asarray(client["replied"], np.int64)
-        variables["intended"] = _array("app", "intended", intended)
+        variables["intended"] = laid("app", "intended", intended)
         if (replied > 0).any():
             for name, start in (
                 ("round_trip_latency", intended),
                 ("service_latency", np.asarray(client["sent"], np.int64)),
             ):
-                variables[name] = _array(
-                    "app", name, np.where(replied > 0, (replied - start).astype(np.float64), np.nan)
-                )
+                variables[name] = laid("app", name, np.where(replied > 0, (replied - start).astype(np.float64), np.nan))
     if (pyperf := logs.get("pyperf")) is not None:
         names = np.array(pyperf.attrs["categories"]["benchmark"], object)
-        variables["benchmark_time"] = _array("app", "benchmark_time", pyperf["value"])
-        variables["benchmark"] = _array("app", "benchmark", names[pyperf["benchmark"]])
+        variables["benchmark_time"] = laid("app", "benchmark_time", pyperf["value"])
+        variables["benchmark"] = laid("app", "benchmark", names[pyperf["benchmark"]])
     return xr.Dataset(variables)

@@ -176,7 +176,30 @@ def _head(tree: xr.DataTree, everything: xr.Dataset, packets: xr.Dataset, frame:
         *_handshake(everything, packets),
         *([slept] if slept else []),
         *_steering(everything, packets),
+        *_sender(everything, packets),
     ]
+
+
+def _sender(everything: xr.Dataset, packets: xr.Dataset) -> list[str]:
+    """Return when the packet left its sender, as the interval that two hosts' clocks leave open."""
+    if "crossing" not in packets:
+        return []
+    how = _word(everything, packets, "crossing")
+    least, most = float(packets["oneway_min"]), float(packets["oneway_max"])
+    if not np.isfinite(least):
+        return [f"the sender's capture does not say when it left: {how}"]
+    words = {
+        "segment": ", as part of a larger frame",
+        "merged": ", in several frames",
+        "ambiguous": "; its bytes were sent several times",
+    }.get(how, "")
+    frame = f" (its frame {int(packets['sender_frame'])})" if int(packets["sender_frame"]) else ""
+    when = (
+        f"between {microseconds(least)} and {microseconds(most)}"
+        if np.isfinite(most)
+        else f"at least {microseconds(least)}"
+    )
+    return [f"left the sender{frame} {when} before its stamp in this capture{words}"]
 
 
 def _handshake(everything: xr.Dataset, packets: xr.Dataset) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,11 @@ import xarray as xr
 
 from rxlab.dataset import stats
 from rxlab.dataset.accessor import RunAccessor
+from rxlab.dataset.run import open_run
+from rxlab.dataset.twohostschema import WAYS
 from rxlab.errors import RxlabError, UsageError
+from rxlab.follow.steering import reader_moves
+from rxlab.show.facts import moves_text
 from rxlab.show.style import microseconds
 
 
@@ -60,6 +65,58 @@ def slowest_packets(tree: xr.DataTree, n: int) -> str:
     return "\n".join(lines)
 
 
+def analysis_text(result: Mapping[str, Any]) -> str:
+    """Return what an analysis (:func:`rxlab.pipeline.analyze_run`) came to, as lines for a person."""
+    followed = f"  complete {result['complete']:.4f}  verdict {result['verdict']}" if "left_out" in result else ""
+    if not followed and "one_way" not in result:
+        followed = f"  verdict {result['verdict']}"
+    lines = [f"dataset: {result['dataset']}  packets {result['packets']}{followed}"]
+    if result.get("left_out"):
+        left = ", ".join(f"{count} {name}" for name, count in result["left_out"].items())
+        lines.append(f"statistics leave out {sum(result['left_out'].values())} data packets: {left}")
+    lines += [f"because {reason}" for reason in result["reasons"]]
+    return "\n".join([*lines, *(twohost_lines(result["one_way"]) if "one_way" in result else [])])
+
+
+def twohost_lines(found: Mapping[str, Any]) -> list[str]:
+    """Return what two hosts' captures say together (:func:`rxlab.dataset.twohosts.facts_of`), as lines for a person."""
+    lines = []
+    for way in WAYS:
+        told = found[way]
+        total = sum(told["packets"].values())
+        if not total - told["packets"]["absent"]:
+            lines.append(f"one way {way}: no packet was found where it left")
+            continue
+        low, high = told["median_min_ns"], told["median_max_ns"]
+        median = (
+            f"at least {microseconds(low)}" if high is None else f"between {microseconds(low)} and {microseconds(high)}"
+        )
+        kinds = ", ".join(
+            f"{n:,} {name}" for name, n in told["packets"].items() if n and name not in ("absent", "matched")
+        )
+        lines.append(
+            f"one way {way}: {total - told['packets']['absent']:,} of {total:,} packets found where they left"
+            f"{f' ({kinds})' if kinds else ''}, median latency {median}; of {told['unseen']:,} that left nothing arrived"
+        )
+    if found["width_median_ns"] is None:
+        lines.append(
+            "packets of one direction only: latencies are the excess over the fastest packet's, without an upper end"
+        )
+    else:
+        lines.append(
+            f"intervals are {microseconds(found['width_median_ns'])} wide in the median, {microseconds(found['width_min_ns'])} at least: "
+            + (
+                "as the clocks were said to agree"
+                if found["clock_error_ns"] is not None
+                else "the fastest round trip is left open"
+            )
+        )
+    drift = found["drift_ppm"]
+    clocks = "how the clocks drift is not known" if drift is None else f"the clocks drift by {drift:+.3f} ppm"
+    lines.append(clocks + (f"; flagged {', '.join(found['flags'])}" if found["flags"] else ""))
+    return lines
+
+
 def verification_text(result: Mapping[str, Any]) -> str:
     """Return a verification as lines for a person."""
     lines = [
@@ -88,3 +145,9 @@ def verification_text(result: Mapping[str, Any]) -> str:
 
 def _answer(value: bool | None) -> str:
     return "not checked" if value is None else "yes" if value else "NO"
+
+
+def reader_moves_text(path: str | os.PathLike[str]) -> str:
+    """Return when the readers of a traced run changed their CPU and how long packets were processed elsewhere, as lines."""
+    run = open_run(path)
+    return moves_text(reader_moves(run.perf.events, run.joined), run.joined.flows.attrs["labels"])

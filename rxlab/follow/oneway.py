@@ -1,0 +1,362 @@
+"""One-way latency between two hosts whose clocks differ: an interval for every packet, never a point.
+
+A packet to the receiver takes its latency plus what the receiver's clock is ahead, one to the sender its latency less that. No latency is
+negative, so every packet of one direction bounds the difference from above and every one of the other from below, and nothing in
+the packets tells where in between it lies: the two latencies are known to within the least round trip. Drift and bends are taken
+from the envelope of one direction (:mod:`rxlab.follow.envelope`); from there a bound reaches to its neighbours, and widens on the
+way by what a clock's frequency may have wandered.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rxlab.errors import ClockError
+from rxlab.follow.clockmatch import STEERING
+from rxlab.follow.crossings import INCONSISTENT, STEP, Crossing
+from rxlab.follow.envelope import MAX_DRIFT, MIN_PACKETS, Envelope, fit_envelope
+from rxlab.follow.floorbound import KNOT_NS
+from rxlab.read.columns import Columns
+from rxlab.read.compiler import njit
+from rxlab.read.pcapfile import NAT
+
+# A curve of more intervals than this takes minutes; a longer capture gets longer ones.
+MAX_INTERVALS = 1_000
+# Where the two sides contradict each other a clock wandered more than was allowed for: twice as much is tried, so often.
+MAX_DOUBLINGS = 12
+# Unless so few packets are to blame that their stamps must be wrong, or they are taken for others.
+MAX_WRONG = 0.01
+ROUNDING_NS = 2
+# The floor is sparse where a tenth of the packets have an interval so many times the least, and a microsecond.
+SPARSE, SPARSE_NS = 3.0, 1_000
+MAX_QUANTUM_NS = 1_000
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A curve that follows the receiver's clock minus the sender's up to a constant, by the fastest packets of one direction.
+
+    Attributes
+    ----------
+    envelope : Envelope or None
+        None: too few packets; the curve is flat.
+    sign : {1, -1}
+        -1: of packets to the receiver, fitted with time running backwards, for an envelope is a function of the stamp that comes first.
+    level : int
+        The curve where there is no envelope.
+    """
+
+    envelope: Envelope | None
+    sign: int = 1
+    level: int = 0
+
+    def __call__(self, t: np.ndarray) -> np.ndarray:
+        """Return the curve at instants of the receiver's clock, int64 ns."""
+        if self.envelope is None:
+            return np.full(len(t), self.level, np.int64)
+        return -self.sign * self.envelope.offset_at(self.sign * t)
+
+    @property
+    def slope_error(self) -> float:
+        """How far the slope may be off: the bound at both ends of an interval, and what a clock's frequency changes within one."""
+        if self.envelope is None or "short" in self.envelope.flags:
+            return MAX_DRIFT
+        within = np.diff(self.envelope.knots)[np.diff(self.envelope.segment) == 0]
+        return min(MAX_DRIFT, STEERING + 2 * self.envelope.bound_ns / float(within.min()))
+
+    @property
+    def drift(self) -> float:
+        """Mean slope of the curve, nanoseconds per nanosecond; NaN where it is not known."""
+        if self.slope_error >= MAX_DRIFT:
+            return float("nan")
+        assert self.envelope is not None
+        inside = np.diff(self.envelope.segment) == 0
+        run, rise = (float(np.diff(part)[inside].sum()) for part in (self.envelope.knots, self.envelope.offset))
+        # Turning both time and curve leaves the slope; an envelope of packets to the sender is upside down.
+        return -rise / run
+
+    @property
+    def steps(self) -> np.ndarray:
+        """Where a clock was stepped: int64 array, dims (step, 2), nanoseconds of the receiver's clock."""
+        if self.envelope is None:
+            return np.empty((0, 2), np.int64)
+        return np.sort(np.sort(self.sign * self.envelope.uncertain, axis=1), axis=0)
+
+
+@dataclass(frozen=True)
+class OffsetBounds:
+    """Between which two curves the receiver's clock minus the sender's lies.
+
+    Attributes
+    ----------
+    reference : Reference
+    upper, lower : pairs of arrays, dims (packet,)
+        When, in nanoseconds of the receiver's clock (int64, ascending), and how far above (below) the reference the difference may be
+        then (float64).
+    wander : float
+        How far the difference may move against the reference, nanoseconds per nanosecond.
+    clock_error : int or None
+        Within how many nanoseconds both clocks are said to agree.
+    flags : tuple of str
+        ``one_direction``: one side is not known, for want of packets. ``few_packets``: fewer than 64 of a direction.
+        ``drift_unknown``: of both, so that the clocks may drift by 500 ppm. ``unsteady_clock``: the sides are compatible only
+        if a clock wandered more than the envelope says. ``sparse_floor``: fast packets are so rare that the bounds lie much further apart
+        at most times than at their narrowest.
+    """
+
+    reference: Reference
+    upper: tuple[np.ndarray, np.ndarray]
+    lower: tuple[np.ndarray, np.ndarray]
+    wander: float
+    clock_error: int | None = None
+    flags: tuple[str, ...] = ()
+
+    @property
+    def edges(self) -> np.ndarray:
+        """Starts of the segments after clock steps, int64, nanoseconds of the receiver's clock."""
+        return self.reference.steps[:, 1]
+
+    def at(self, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the least and the largest difference at instants of the receiver's clock, int64 ns; NAT where not known."""
+        level = self.reference(t)
+        below, above = (_reach(t, *side, self.edges, self.wander) for side in (self.lower, self.upper))
+        least = np.where(np.isfinite(below), level - _whole(below), NAT)
+        largest = np.where(np.isfinite(above), level + _whole(above), NAT)
+        if self.clock_error is None:
+            return least, largest
+        largest[largest == NAT] = self.clock_error
+        return np.maximum(least, -self.clock_error), np.minimum(largest, self.clock_error)
+
+
+def resolution(time: np.ndarray) -> int:
+    """Return the resolution of a capture's stamps in nanoseconds; libpcap cuts to microseconds what it writes as such."""
+    common = int(np.gcd.reduce(np.diff(time))) if len(time) > 1 else 1
+    if common <= MAX_QUANTUM_NS:
+        return max(common, 1)
+    return next(unit for unit in (10**9, 10**6, 1_000, 100, 10, 1) if common % unit == 0)
+
+
+def bound_offset(
+    forward: tuple[np.ndarray, np.ndarray],
+    reverse: tuple[np.ndarray, np.ndarray],
+    *,
+    quantum: tuple[int, int] = (1, 1),
+    clock_error: int | None = None,
+) -> OffsetBounds:
+    """Bound the receiver's clock minus the sender's by the packets of both directions.
+
+    Parameters
+    ----------
+    forward : pair of int64 arrays, dims (packet,), nanoseconds
+        When packets left (sender's clock) and when they arrived (receiver's clock).
+    reverse : pair of int64 arrays, dims (packet,), nanoseconds
+        When packets left (receiver's clock) and when they arrived (sender's clock).
+    quantum : pair of int, nanoseconds
+        Resolution of the sender's and the receiver's stamps, which are cut, not rounded.
+    clock_error : int, optional
+        Both clocks are said to agree to within so many nanoseconds.
+
+    Raises
+    ------
+    ClockError
+        No packet crossed; or the clocks are further apart than they are said to be.
+
+    Notes
+    -----
+    Each packet bounds the difference at its own instant; from there its bound opens like a cone, by what the slope of the reference may be
+    off. The lowest of all cones is found in two passes.
+    """
+    at = np.asarray(forward[1], np.int64), np.asarray(reverse[0], np.int64)
+    over = at[0] - forward[0] + (quantum[1] - 1), at[1] - reverse[1] - (quantum[0] - 1)
+    if not len(at[0]) and not len(at[1]):
+        raise ClockError("no packet was captured on both hosts", found="0 packets of either direction")
+    orders = [np.argsort(t, kind="stable") for t in at]
+    sides = [(t[order], d[order]) for t, d, order in zip(at, over, orders, strict=True)]
+    reference = _refer(*sides)
+    flags = (
+        {"one_direction"} if not min(map(len, at)) else {"few_packets"} if min(map(len, at)) < MIN_PACKETS else set()
+    )
+    if reference.envelope is None:
+        flags.add("drift_unknown")
+    bounds, narrowed = _compatible(reference, sides)
+    if narrowed:
+        flags.add("unsteady_clock")
+    if clock_error is not None:
+        _refuse_wrong_claim(bounds, clock_error)
+    bounds = OffsetBounds(reference, bounds.upper, bounds.lower, bounds.wander, clock_error)
+    least, largest = bounds.at(np.concatenate(at))
+    known = (least != NAT) & (largest != NAT)
+    if known.any():
+        width = (largest - least)[known]
+        if np.quantile(width, 0.9) > SPARSE * max(int(width.min()), 0) + SPARSE_NS:
+            flags.add("sparse_floor")
+    return OffsetBounds(reference, bounds.upper, bounds.lower, bounds.wander, clock_error, tuple(sorted(flags)))
+
+
+def _refer(forward: tuple[np.ndarray, np.ndarray], reverse: tuple[np.ndarray, np.ndarray]) -> Reference:
+    """Return the curve of the direction whose fastest packets tell the slope best."""
+    found = []
+    for sign, (t, difference) in ((-1, forward), (1, reverse)):
+        if len(t) < MIN_PACKETS:
+            continue
+        knot_ns = max(KNOT_NS, int(t[-1] - t[0]) // MAX_INTERVALS)
+        found.append(Reference(fit_envelope(sign * t, sign * (t - difference), knot_ns=knot_ns), sign))
+    if found:
+        return min(found, key=lambda one: one.slope_error)
+    t, difference = forward if len(forward[0]) else reverse
+    return Reference(None, level=int(difference[0]))
+
+
+def _compatible(reference: Reference, sides: list[tuple[np.ndarray, np.ndarray]]) -> tuple[OffsetBounds, bool]:
+    """Return bounds that do not contradict each other, and whether the clock had to wander more for it than its curve says.
+
+    Raises
+    ------
+    ClockError
+        There are none.
+    """
+    sides, wander, widened = list(sides), reference.slope_error, False
+    for _ in range(MAX_DOUBLINGS):
+        bounds = _laid(reference, sides, wander)
+        wrong = _contradicted(bounds, sides)
+        counts = [int(one.sum()) for one in wrong]
+        if not any(counts):
+            return bounds, widened
+        few = int(np.argmin([count if count else np.inf for count in counts]))
+        if counts[few] <= max(1, MAX_WRONG * len(sides[few][0])) and counts[few] * 4 <= counts[1 - few]:
+            t, difference = sides[few]
+            sides[few] = t[~wrong[few]], difference[~wrong[few]]
+        elif wander < MAX_DRIFT:
+            wander, widened = min(2 * wander, MAX_DRIFT), True
+        else:
+            break
+    raise ClockError(
+        "the packets of both directions contradict each other",
+        found=f"{counts[0]:,} of {len(sides[0][0]):,} to the receiver and {counts[1]:,} of {len(sides[1][0]):,} to the sender "
+        "would have arrived before they left",
+        do="Was a clock stepped, or was one direction stamped by the NIC? Then cut the capture at the step, or capture with one kind of stamps.",
+    )
+
+
+def _laid(reference: Reference, sides: list[tuple[np.ndarray, np.ndarray]], wander: float) -> OffsetBounds:
+    """Lay both bounds out: the lowest cone of all packets to the receiver, the highest of those to the sender."""
+    edges = reference.steps[:, 1]
+    cones = []
+    for sign, (t, difference) in zip((1, -1), sides, strict=True):
+        beyond = sign * (difference - reference(t)).astype(np.float64)
+        _open_cones(t, beyond, np.searchsorted(edges, t, side="right"), wander)
+        cones.append((t, beyond))
+    return OffsetBounds(reference, cones[0], cones[1], wander)
+
+
+@njit(cache=True, nogil=True)
+def _open_cones(t, beyond, segment, wander):
+    """Lower each bound to what its neighbours' cones allow, in place; no cone reaches across a step."""
+    for row in range(1, len(t)):
+        if segment[row] == segment[row - 1]:
+            beyond[row] = min(beyond[row], beyond[row - 1] + wander * (t[row] - t[row - 1]))
+    for row in range(len(t) - 2, -1, -1):
+        if segment[row] == segment[row + 1]:
+            beyond[row] = min(beyond[row], beyond[row + 1] + wander * (t[row + 1] - t[row]))
+
+
+def _reach(t: np.ndarray, at: np.ndarray, beyond: np.ndarray, edges: np.ndarray, wander: float) -> np.ndarray:
+    """Return the lowest cone at instants `t`; infinite where no packet of the segment has one."""
+    result = np.full(len(t), np.inf)
+    if not len(at):
+        return result
+    mine, theirs = np.searchsorted(edges, t, side="right"), np.searchsorted(edges, at, side="right")
+    after = np.searchsorted(at, t)
+    for near in (after - 1, after):
+        row = np.clip(near, 0, len(at) - 1)
+        there = (near >= 0) & (near < len(at)) & (theirs[row] == mine)
+        reach = beyond[row] + wander * np.abs(t - at[row])
+        result = np.where(there, np.minimum(result, reach), result)
+    return result
+
+
+def _whole(beyond: np.ndarray) -> np.ndarray:
+    """Return bounds as whole nanoseconds, not narrower."""
+    return np.ceil(np.where(np.isfinite(beyond), beyond, 0.0)).astype(np.int64)
+
+
+def _contradicted(bounds: OffsetBounds, sides: list[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
+    """Tell for the packets of each direction whether the other direction's bound says they arrived before they left."""
+    least, largest = bounds.at(sides[0][0])[0], bounds.at(sides[1][0])[1]
+    return [
+        (least != NAT) & (sides[0][1] < least - ROUNDING_NS),
+        (largest != NAT) & (sides[1][1] > largest + ROUNDING_NS),
+    ]
+
+
+def _refuse_wrong_claim(bounds: OffsetBounds, clock_error: int) -> None:
+    """Refuse clocks said to agree that cannot."""
+    t = np.concatenate((bounds.upper[0], bounds.lower[0]))
+    least, largest = bounds.at(t)
+    ahead, behind = (least != NAT) & (least > clock_error), (largest != NAT) & (largest < -clock_error)
+    if ahead.any() or behind.any():
+        row = int(np.argmax(ahead | behind))
+        low, high = (f"{int(one[row]):,}" if one[row] != NAT else "?" for one in (least, largest))
+        raise ClockError(
+            "the clocks are further apart than they are said to be",
+            found=f"the receiver's clock is between {low} and {high} ns ahead of the sender's, by the packets",
+            expected=f"at most {clock_error:,} ns",
+            do="Leave --clock-error out: the packets then bound the difference alone.",
+        )
+
+
+def latencies(
+    crossing: Crossing,
+    left: np.ndarray,
+    arrived: np.ndarray,
+    bounds: OffsetBounds,
+    *,
+    is_forward: bool,
+    quantum: tuple[int, int] = (1, 1),
+) -> Columns:
+    """Return the interval of each packet's one-way latency.
+
+    Parameters
+    ----------
+    crossing : Crossing
+    left, arrived : int64 arrays, dims (frame,), nanoseconds
+        Stamps of the capture where the packets left and of the one where they arrived, each on its own clock.
+    bounds : OffsetBounds
+        Of the receiver's clock minus the sender's.
+    is_forward : bool
+        Whether the packets go to the receiver.
+    quantum : pair of int, nanoseconds
+        Resolution of `left` and `arrived`.
+
+    Returns
+    -------
+    Columns, dims (packet,)
+        ``arrived, first, last`` (rows of the captures), ``status`` (of :data:`rxlab.follow.crossings.CROSSINGS`) and
+        ``least, most`` int64 ns: from the stamp where it left to the stamp where it arrived; NAT where not known. A packet that several
+        frames may have brought has the interval that holds all of them.
+    """
+    n, status = len(crossing.arrived), crossing.status.copy()
+    least, most = np.full(n, NAT, np.int64), np.full(n, NAT, np.int64)
+    steps = bounds.reference.steps
+    # The nearest departure gives the least latency, the farthest the most; the clocks are compared on the receiver's.
+    for result, carrier, side, cut in (
+        (least, crossing.last, is_forward, 1 - quantum[0]),
+        (most, crossing.first, not is_forward, quantum[1] - 1),
+    ):
+        rows = np.flatnonzero(carrier >= 0)
+        came, went = arrived[crossing.arrived[rows]], left[carrier[rows]]
+        at = came if is_forward else went
+        bound = bounds.at(at)[int(side)]
+        result[rows] = np.where(bound == NAT, NAT, came - went - (bound if is_forward else -bound) + cut)
+        for low, high in steps.tolist():
+            status[rows[(at > low) & (at < high)]] = STEP
+    status[(most != NAT) & (most < 0)] = INCONSISTENT
+    # Where a side is not known the latency is still no less than nothing.
+    least[(least < 0) & ((least != NAT) | (most != NAT))] = 0
+    least[(status == STEP) | (status == INCONSISTENT)] = most[(status == STEP) | (status == INCONSISTENT)] = NAT
+    names = ("arrived", "first", "last")
+    return Columns(
+        {**{name: getattr(crossing, name) for name in names}, "status": status, "least": least, "most": most}
+    )
