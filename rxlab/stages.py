@@ -163,6 +163,7 @@ STATUSES: tuple[str, ...] = (
     "blind",  # inside a window in which perf delivered nothing (sched_switch discontinuity)
     "outside_window",  # before perf was enabled or after it was disabled
     "handshake",  # sets a connection up: SYN, SYN-ACK, the ACK that completes it
+    "fragment",  # part of a datagram; the fragment that completed it tells what became of it
 )
 
 # A packet's part in the set-up of its connection.

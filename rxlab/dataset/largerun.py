@@ -46,6 +46,7 @@ COUNTED = {"irq:softirq_entry": ("cpu", "vec"), "irq:irq_handler_entry": ("irq",
 PLACES = ("frame", "offset", "payload_offset", "caplen")
 PACKET = (
     "time", "frame", "wire_len", "payload_len", "seq", "vlan", "proto", "flow", "row", "key", "directed_flow", "position", "handshake", "sport", "dport",
+    "is_fragment", "head_frame",
 )  # fmt: skip
 
 

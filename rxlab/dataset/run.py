@@ -271,7 +271,7 @@ class Run:
 
     def _messages(self) -> np.ndarray | None:
         """Return the workload's message number of each joined packet, None where the capture cannot tell."""
-        frames, pcap = self.joined.packets["pcap_frame"], self.rundir.pcap
+        frames, pcap = self.joined.packets["head_frame"], self.rundir.pcap
         # Rows keep the capture's order, so a frame number finds its packet.
         packets = (
             self.packets.take(frames - int(self.packets["frame"][0]))

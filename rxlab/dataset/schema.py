@@ -49,7 +49,7 @@ def _packets() -> list[Variable]:
         v("flow", p, "int32", "1", "", "flow", "row of /flows: a direction of a TCP connection, or of a UDP 5-tuple", "-1: not an IP packet"),
         v("direction", p, "int8", "1", "", "direction", "received by this host or sent by it", flags=DIRECTIONS),
         v("wire_len", p, "int64", "byte", "", "length on the wire", "frame length, link layer header included", "-1: no pcap packet"),
-        v("payload_len", p, "int32", "byte", "", "payload", "bytes of layer 4 payload, from the IP length", "-1: unknown"),
+        v("payload_len", p, "int32", "byte", "", "payload", "bytes of layer 4 payload, from the IP length; a datagram in IP fragments has all of its bytes at the one that completed it, the others 0", "-1: unknown"),
         v("seq", p, "int64", "1", "", "TCP sequence number", "as in the header, not unwrapped", "0: not TCP"),
         v("skb", p, "uint64", "1", "", "skb address", "kernel address of the socket buffer; reused, so no identity by itself", "0: no skb event"),
         v("socket", p, "uint64", "1", "", "socket address", "kernel address of the receiving socket; of a handshake, the listener", "0: not seen"),

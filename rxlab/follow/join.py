@@ -170,8 +170,9 @@ def follow_part(part: Part, clock: ClockMap, machine: Machine) -> Followed:
     # Where events are missing, a pair that is not certain must not lend its skb's evidence to the packet.
     certain = np.where(pairs.matched.ambiguous & lossy.any, -1, skb)
     arrival = _arrivals(path, certain, received["directed_flow"], stamp - tolerance_of(clock))
-    is_tcp, is_udp = received["proto"] == TCP, received["proto"] == UDP
     payload = np.maximum(received["payload_len"].astype(np.int64), 0)
+    # Of a datagram in fragments only the one that completed it reaches a socket.
+    is_tcp, is_udp = received["proto"] == TCP, (received["proto"] == UDP) & ((payload > 0) | ~received["is_fragment"])
     reason, reasons = drop_reasons(events, path, skb, is_udp)
     # Of two that one skb may be, either may be the one that was dropped.
     is_freed, call_rank, is_counted = (
@@ -199,7 +200,12 @@ def follow_part(part: Part, clock: ClockMap, machine: Machine) -> Followed:
     setups = follow_handshakes(rows, received, tid, events, part.hidden)
     columns = _columns(received, path, skb, setups["tid"], wake, rows, events)
     columns = columns.with_columns(
-        position=position, row=received["row"], is_data=(payload > 0) & (is_tcp | is_udp), arrival=arrival
+        position=position,
+        row=received["row"],
+        is_fragment=received["is_fragment"],
+        head_frame=received["head_frame"],
+        is_data=(payload > 0) & (is_tcp | is_udp),
+        arrival=arrival,
     )
     columns = reader_facts(rows, with_handshakes(columns, setups), taken, events, part.hidden)
     if known is not None:

@@ -11,6 +11,7 @@ import pandas as pd
 
 from rxlab.follow.connections import Connections
 from rxlab.follow.consumption import unwrap_sequence
+from rxlab.follow.fragments import Reassembly
 from rxlab.follow.handshake import handshake_kinds
 from rxlab.follow.status import TCP, UDP
 from rxlab.read.columns import Columns
@@ -47,6 +48,7 @@ class FlowsSeen:
     def __init__(self) -> None:
         self._keys = np.empty(0, np.int64)
         self._connections = Connections()
+        self._fragments = Reassembly()
         self._heads: list[Columns] = []
         self.n_packets = 0
 
@@ -57,7 +59,7 @@ class FlowsSeen:
 
     def take(self, packets: Columns, machine: Machine) -> Columns:
         """Return the received packets of the next piece, each with its ``row`` among all of them and its flow's ``key``."""
-        received = packets.take(np.flatnonzero(is_received(packets, machine)))
+        received = self._fragments.take(packets.take(np.flatnonzero(is_received(packets, machine))))
         tuples = np.where(received["flow"] >= 0, received["flow"].astype(np.int64) * 2 + received["flow_dir"], -1)
         ordinals = self._connections.ordinals(received, tuples, self._keys // _MOST_CONNECTIONS)
         key = np.where(tuples >= 0, tuples * _MOST_CONNECTIONS + np.minimum(ordinals, _MOST_CONNECTIONS - 1), -1)

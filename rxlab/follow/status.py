@@ -249,6 +249,7 @@ def give_statuses(
     status[unmatched & lost] = code["lost"]
     status[unmatched & ((stamp < first) | (stamp > last))] = code["outside_window"]
     status[~is_data & ~unmatched] = code["no_payload"]
+    status[~is_data & ~unmatched & columns["is_fragment"]] = code["fragment"]
     status[~is_data & ~unmatched & (columns["handshake"] > 0)] = code["handshake"]
     ambiguous = (
         evidence.matched.ambiguous | evidence.taken.anchors_disagree | evidence.clock.inside_step(columns["pcap_time"])

@@ -45,7 +45,7 @@ def _assign(headers, first, last, slots, keys, n_flows, flow, flow_dir):
     for row in range(first, last):
         sport, dport, proto = sports[row], dports[row], protos[row]
         # Without ports there is no flow, except for a tunnel that has none (GRE, IP in IP).
-        if fragments[row] == 2 or (sport == 0 and dport == 0 and tunnels[row] < 3):
+        if fragments[row] >= 2 or (sport == 0 and dport == 0 and tunnels[row] < 3):
             flow[row], flow_dir[row] = -1, -1
             continue
         src_hi, src_lo, dst_hi, dst_lo = src_his[row], src_los[row], dst_his[row], dst_los[row]

@@ -25,7 +25,6 @@ TCP, UDP, DCCP, IPV4_IN_IP, IPV6_IN_IP, GRE, AH, SCTP, UDPLITE = 6, 17, 33, 4, 4
 PORT_VXLAN, PORT_VXLAN_LINUX, PORT_GENEVE = 4789, 8472, 6081
 
 TUNNELS = ("", "vxlan", "geneve", "gre", "ipip")
-FRAGMENTS = ("whole", "first", "later")
 
 
 class HeaderColumns(NamedTuple):
@@ -72,7 +71,8 @@ class HeaderColumns(NamedTuple):
     inner_payload_len: np.ndarray
 
 
-# dtype of each column; the null is 0 unless the kernel writes -1 (vlan, vlan2, direction, payload_*).
+# dtype of each column. ``fragment``: offset in units of 8 bytes << 1 | more follow, so 0 is a whole packet and 1 the first of several;
+# ``payload_len`` of a later one is all it carries. The null is 0 unless the kernel writes -1 (vlan, vlan2, direction, payload_*).
 HEADER_FIELDS = {
     "src_mac": np.uint64,
     "dst_mac": np.uint64,
@@ -88,7 +88,7 @@ HEADER_FIELDS = {
     "proto": np.uint8,
     "ttl": np.uint8,
     "ip_id": np.uint32,
-    "fragment": np.uint8,
+    "fragment": np.uint16,
     "sport": np.uint16,
     "dport": np.uint16,
     "seq": np.uint32,
@@ -231,11 +231,7 @@ def _ipv4(buf, pos, end, wire_end):
     if total == 0:  # segmentation offload: the kernel had a packet longer than 16 bits can say
         total = wire_end - pos
     word = np.int64(be16(buf, pos + 6))
-    fragment = np.int64(0)
-    if word & 0x1FFF:
-        fragment = np.int64(2)
-    elif word & 0x2000:
-        fragment = np.int64(1)
+    fragment = (word & 0x1FFF) << 1 | (word >> 13 & 1)
     is_sound = header >= 20 and total >= header
     return is_sound, np.int64(buf[pos + 9]), pos + header, total - header, fragment, be16(buf, pos + 4)
 
@@ -250,17 +246,14 @@ def _ipv6(buf, pos, end, wire_end):
     stop = wire_end if length == 0 else pos + 40 + length  # 0: jumbo payload, or BIG TCP
     pos += 40
     # hop-by-hop, routing, fragment, AH, destination options, mobility, HIP, shim6
-    while proto in (0, 43, 44, AH, 60, 135, 139, 140) and pos + 8 <= end and fragment != 2:
+    while proto in (0, 43, 44, AH, 60, 135, 139, 140) and pos + 8 <= end and fragment < 2:
         size = np.int64(buf[pos + 1]) * 8 + 8
         if proto == AH:
             size = np.int64(buf[pos + 1]) * 4 + 8
         elif proto == 44:
             size, ident = np.int64(8), be32(buf, pos + 4)
             word = np.int64(be16(buf, pos + 2))
-            if word & 0xFFF8:
-                fragment = np.int64(2)
-            elif word & 1:
-                fragment = np.int64(1)
+            fragment = (word & 0xFFF8) >> 2 | (word & 1)
         proto = np.int64(buf[pos])
         pos += size
     return True, proto, pos, max(stop - pos, np.int64(-1)), fragment, ident
@@ -423,7 +416,10 @@ def decode_headers(buf, positions, caplens, wire_lens, linktypes, first, last, o
             ttls[row] = buf[pos + 7]
             src_his[row], src_los[row] = be64(buf, pos + 8), be64(buf, pos + 16)
             dst_his[row], dst_los[row] = be64(buf, pos + 24), be64(buf, pos + 32)
-        if fragment == 2 or l4_len < 0:
+        if l4_len < 0:
+            continue
+        if fragment >= 2:
+            payload_lens[row] = l4_len
             continue
         payload, dport = np.int64(-1), np.int64(0)
         if _has_ports(proto) and l4 + 4 <= end:
@@ -467,7 +463,7 @@ def decode_inner(buf, positions, caplens, wire_lens, first, last, out):
         else:
             src_his[row], src_los[row] = be64(buf, pos + 8), be64(buf, pos + 16)
             dst_his[row], dst_los[row] = be64(buf, pos + 24), be64(buf, pos + 32)
-        if fragment == 2 or not _has_ports(proto) or l4 + 4 > end:
+        if fragment >= 2 or not _has_ports(proto) or l4 + 4 > end:
             continue
         sports[row], dports[row] = be16(buf, l4), be16(buf, l4 + 2)
         if proto == TCP and l4 + 8 <= end:
