@@ -120,8 +120,9 @@ def _network_pairs(packets: Columns, i: int, row: dict[str, list[str]]) -> list[
     if version == 4:
         pairs.append(("proto", int(packets["proto"][i]), int(row["ip.proto"][0])))
         pairs.append(("ip_id", int(packets["ip_id"][i]), int(row["ip.id"][0], 16)))
+        # tshark tells the offset as the header has it, in units of 8 bytes.
         offset, more = int(row["ip.frag_offset"][0]), row["ip.flags.mf"][0] in ("1", "True")
-        pairs.append(("fragment", int(packets["fragment"][i]), offset // 4 + int(more)))
+        pairs.append(("fragment", int(packets["fragment"][i]), offset * 2 + int(more)))
     rest = [name for name in protocols[1:] if not name.startswith("ipv6.")]
     if rest[:1] == ["tcp"]:
         pairs += _tcp_pairs(packets, i, row)
