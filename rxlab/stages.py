@@ -131,14 +131,15 @@ ORDER: dict[str, tuple[str, ...]] = {
 }
 
 # Why the reader ran when it did (alignment: attribution classes).
-ATTRIBUTIONS: tuple[str, ...] = (
-    "none",  # no reader seen
-    "own_wake",  # this packet's data_ready woke the task that consumed it
-    "coalesced",  # the reader was already woken by an earlier packet and not yet switched in
-    "running",  # the reader was on a CPU since before data_ready
-    "other_wake",  # another thread or packet woke the reader
-    "preempted",  # the reader was runnable, no wake was needed
-)
+ATTRIBUTION_MEANINGS: dict[str, str] = {
+    "none": "no reader seen",
+    "own_wake": "this packet's data_ready woke the task that consumed it",
+    "coalesced": "the reader was already woken by an earlier packet and not yet switched in",
+    "running": "the reader was on a CPU since before data_ready",
+    "other_wake": "another thread or packet woke the reader",
+    "preempted": "the reader was runnable, no wake was needed",
+}
+ATTRIBUTIONS: tuple[str, ...] = tuple(ATTRIBUTION_MEANINGS)
 
 # How a packet's bytes were taken out of the socket.
 READER_KINDS: tuple[str, ...] = (
@@ -148,23 +149,24 @@ READER_KINDS: tuple[str, ...] = (
 )
 
 # What became of a row. Bad values are kept and counted, never dropped.
-STATUSES: tuple[str, ...] = (
-    "complete",  # every stage its path kind and attribution class require
-    "incomplete",  # some required stage is missing with no known cause
-    "no_payload",  # ACK only: nothing a reader could consume
-    "gro_merged",  # merged by GRO into the skb of an earlier segment
-    "no_reader",  # delivered to a socket, not read inside the recording
-    "duplicate",  # retransmitted bytes that were consumed already
-    "dropped",  # freed by the kernel, see drop_reason
-    "ambiguous",  # several partners fit
-    "negative",  # a hop ran backwards: the row is kept, and left out of statistics
-    "unmatched",  # in the pcap, no skb event found
-    "lost",  # inside a window of PERF_RECORD_LOST
-    "blind",  # inside a window in which perf delivered nothing (sched_switch discontinuity)
-    "outside_window",  # before perf was enabled or after it was disabled
-    "handshake",  # sets a connection up: SYN, SYN-ACK, the ACK that completes it
-    "fragment",  # part of a datagram; the fragment that completed it tells what became of it
-)
+STATUS_MEANINGS: dict[str, str] = {
+    "complete": "every stage is there that its path kind and attribution require",
+    "incomplete": "a required stage is missing, of no known cause",
+    "no_payload": "nothing a reader could consume: a pure ACK",
+    "gro_merged": "merged by GRO into the skb of an earlier segment",
+    "no_reader": "delivered to a socket, and no receive call in the recording took it: not read, or by splice(), MSG_TRUNC or kTLS, which copy without an event",
+    "duplicate": "retransmitted bytes that were consumed already",
+    "dropped": "freed by the kernel; drop_reason says why",
+    "ambiguous": "several partners fit, or the evidence contradicts itself",
+    "negative": "a hop ran backwards: the row is kept, and left out of statistics",
+    "unmatched": "in the pcap, no skb event found",
+    "lost": "a stage is missing inside a window in which perf says that it lost events",
+    "blind": "a stage is missing inside a window in which perf delivered nothing (sched_switch does not go on where it ended)",
+    "outside_window": "before perf was enabled or after it was disabled",
+    "handshake": "sets a connection up: SYN, SYN-ACK, the ACK that completes it",
+    "fragment": "part of a datagram; the fragment that completed it tells what became of it",
+}
+STATUSES: tuple[str, ...] = tuple(STATUS_MEANINGS)
 
 # A packet's part in the set-up of its connection.
 HANDSHAKES: tuple[str, ...] = ("none", "syn", "syn_ack", "ack")
@@ -387,5 +389,14 @@ def markdown_table() -> str:
     return "\n".join(rows)
 
 
+def markdown_meanings() -> str:
+    """Return what statuses and attributions mean as Markdown, for docs/schema.md."""
+    tables = []
+    for title, meanings in (("status", STATUS_MEANINGS), ("attribution", ATTRIBUTION_MEANINGS)):
+        rows = [f"| {title} | meaning |", "|---|---|", *(f"| `{name}` | {text} |" for name, text in meanings.items())]
+        tables.append("\n".join(rows))
+    return "\n\n".join(tables)
+
+
 if __name__ == "__main__":
-    print(markdown_table())
+    print(markdown_table(), markdown_meanings(), sep="\n\n")

@@ -120,6 +120,7 @@ def test_a_packet_of_which_nothing_was_seen_is_shown_with_its_status() -> None:
     shown = packet_life(store.build(joined, run=make_run(), host=make_host()), 4)
     assert shown.startswith("frame 4 ")
     assert "status unmatched" in shown
+    assert "unmatched: in the pcap, no skb event found" in shown
     assert "No stage of this packet was seen" in shown
 
 

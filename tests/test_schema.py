@@ -39,6 +39,7 @@ def _between(tag: str) -> str:
 def test_document_prints_the_schema_and_the_stages():
     assert _between("schema") == schema.markdown_table().strip(), "run: python -m rxlab.dataset.schema"
     assert _between("stages") == stages.markdown_table().strip(), "run: python -m rxlab.stages"
+    assert _between("meanings") == stages.markdown_meanings(), "run: python -m rxlab.stages"
 
 
 def test_module_prints_the_table():

@@ -113,9 +113,13 @@ def test_printed_table_has_one_row_per_stage(repo: Path) -> None:
     shown = subprocess.run(
         [sys.executable, "-m", "rxlab.stages"], cwd=repo, capture_output=True, text=True, check=True
     ).stdout
-    rows = [row.split(" | ") for row in shown.strip().splitlines()[2:]]
-    assert [row[1].strip("`") for row in rows] == list(STAGE_NAMES)
-    assert {len(row) for row in rows} == {6}
+    table, statuses, attributions = (
+        [row.split(" | ") for row in part.splitlines()[2:]] for part in shown.strip().split("\n\n")
+    )
+    assert [row[1].strip("`") for row in table] == list(STAGE_NAMES)
+    assert {len(row) for row in table} == {6}
+    assert [row[0].strip("|` ") for row in statuses] == list(stages.STATUSES)
+    assert [row[0].strip("|` ") for row in attributions] == list(stages.ATTRIBUTIONS)
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/schema.md"])

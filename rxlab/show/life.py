@@ -16,7 +16,7 @@ from rxlab.show.packetplots import packet_steps
 from rxlab.show.style import microseconds
 from rxlab.show.text import packets_of, row_of_frame
 from rxlab.show.tracecost import event_cost, events_between
-from rxlab.stages import STAGE_INDEX, STAGES, SUBSTITUTES
+from rxlab.stages import STAGE_INDEX, STAGES, STATUS_MEANINGS, SUBSTITUTES
 
 # common_flags of a sample (include/linux/trace_events.h): the task it was taken in was interrupted, not at work.
 _HARDIRQ, _SOFTIRQ = 0x08, 0x10
@@ -173,11 +173,19 @@ def _head(tree: xr.DataTree, everything: xr.Dataset, packets: xr.Dataset, frame:
         f"frame {frame}  {label}  {int(packets['wire_len'])} bytes on the wire, {int(packets['payload_len'])} payload",
         f"status {_word(everything, packets, 'status')}{trusted}, path {_word(everything, packets, 'path_kind')}, "
         f"reader {_word(everything, packets, 'attribution')}{reader}",
+        *_meaning(everything, packets),
         *_handshake(everything, packets),
         *([slept] if slept else []),
         *_steering(everything, packets),
         *_sender(everything, packets),
     ]
+
+
+def _meaning(everything: xr.Dataset, packets: xr.Dataset) -> list[str]:
+    """Return what the status means, unless nothing is wrong or other lines tell more."""
+    status = _word(everything, packets, "status")
+    is_told = status in ("complete", "handshake", "dropped") or status not in STATUS_MEANINGS
+    return [] if is_told else [f"{status}: {STATUS_MEANINGS[status]}"]
 
 
 def _sender(everything: xr.Dataset, packets: xr.Dataset) -> list[str]:
