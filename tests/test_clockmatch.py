@@ -237,6 +237,26 @@ def test_recordings_of_others_are_aligned_within_the_bound(stamp: str, drift: fl
     assert clock.stamp_position == stamp or "ambiguous_position" in clock.flags
 
 
+def test_stamps_before_every_event_have_a_bound_per_segment() -> None:
+    """As a NIC's are, before an interrupt that takes its time: events on one side only, so up to one constant."""
+    world = simulate(seed=14, n=6_000, proto="udp", stamp="bracket", mean_gap_ns=1_000_000)
+    time = world.packets["time"]
+    t = (time - time[0]).astype(np.float64)
+    rng = np.random.default_rng(15)
+    before = rng.exponential(60, len(t)) + rng.exponential(4_000, len(t)) * (rng.random(len(t)) < 0.5)
+    arrival = time - 9_000 - before.astype(np.int64)
+    moved = arrival + np.rint(40e-6 * t + 700 * np.sin(2 * np.pi * t / (20 * SECOND))).astype(np.int64)
+    flags = np.zeros(len(time), np.uint16)
+    clock, _, _ = align_recordings(world.events, world.packets.with_columns(time=moved, tcp_flags=flags))
+    assert (clock.method, clock.stamp_position) == ("envelope", "nic")
+    bound = clock.segments["bound"]
+    assert clock.segments.n == len(bound) >= 5
+    assert bound.max() == clock.bound_ns > np.median(bound)
+    error = clock.to_monotonic(moved) - (arrival - OFFSET)
+    segment = np.maximum(np.searchsorted(clock.segments["start_real"], moved, side="right") - 1, 0)
+    assert (np.abs(error - np.median(error)) <= bound[segment]).all()
+
+
 def test_packets_on_loopback_are_aligned() -> None:
     """Both addresses are zero there, and what is sent is what is received."""
     world = simulate(seed=11, n=1_500, proto="udp", stamp="tap", mean_gap_ns=200_000)

@@ -50,6 +50,11 @@ def errors_of(envelope: Envelope, arrival: np.ndarray, event: np.ndarray, true: 
     return error - np.median(error)
 
 
+def is_within(found: Envelope, error: np.ndarray, true: np.ndarray, event: np.ndarray) -> bool:
+    """Tell whether every packet's error is within the bound at that packet."""
+    return bool((np.abs(error) <= found.bound_at(true, event)).all())
+
+
 CLEAN = [
     {},
     {"offset": START + 5 * 3_600 * SECOND, "ppm": 100.0},
@@ -70,7 +75,7 @@ def test_dense_floor_is_followed_to_nanoseconds(distortion: dict, quantum: int) 
     assert found.quantum_ns == quantum
     assert np.sqrt(np.mean(error**2)) <= 15 + quantum
     assert np.abs(error).max() <= 100 + quantum
-    assert np.abs(error).max() <= found.bound_ns
+    assert is_within(found, error, true, event)
     assert "sparse_floor" not in found.flags
 
 
@@ -94,7 +99,8 @@ def test_one_percent_of_outliers_is_still_right(seed: int, quantum: int) -> None
     found = fit_envelope(stamp, event)
     error = errors_of(found, arrival, event, true)
     assert np.sqrt(np.mean(error**2)) <= 30
-    assert np.abs(error).max() <= min(100, found.bound_ns)
+    assert np.abs(error).max() <= 100
+    assert is_within(found, error, true, event)
     assert "sparse_floor" not in found.flags
 
 
@@ -106,9 +112,9 @@ def test_a_few_packets_that_are_faster_than_the_floor_are_no_outliers() -> None:
     for seed in range(5):
         stamp, true = perturb(arrival, np.random.default_rng(seed), sine=500.0)
         found = fit_envelope(stamp, event)
-        error = np.abs(errors_of(found, arrival, event, true)).max()
-        assert error <= 100
-        assert error <= found.bound_ns
+        error = errors_of(found, arrival, event, true)
+        assert np.abs(error).max() <= 100
+        assert is_within(found, error, true, event)
 
 
 def test_a_programme_that_one_method_gives_up_is_solved_by_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,9 +200,9 @@ def test_a_floor_that_moves_is_in_the_bound_or_flagged(kind: str) -> None:
         rng = np.random.default_rng(seed)
         stamp, true = perturb(arrival, rng, sine=rng.choice([0.0, 700.0]), ppm=rng.uniform(-50, 50), quantum=8)
         found = fit_envelope(stamp, event)
-        error = np.abs(errors_of(found, arrival, event, true)).max()
+        error = errors_of(found, arrival, event, true)
         told += "moving_floor" in found.flags
-        beyond += not found.flags and error > found.bound_ns
+        beyond += not found.flags and not is_within(found, error, true, event)
     assert beyond == 0
     assert told >= 4
 
@@ -210,9 +216,47 @@ def test_a_floor_that_stays_is_not_called_moving() -> None:
     assert sum(bool(one) for one in flags) <= 1
 
 
+def test_a_lone_packet_after_a_pause_has_a_bound_of_its_own() -> None:
+    """Recorded: nearly all misses were one packet a second after all others, where nothing holds the curve and the clock bends on."""
+    within, beyond, told = 0, 0, 0
+    for seed in range(20):
+        arrival, event = loaded("quiet", seed)
+        arrival, event = np.append(arrival, arrival[-1] + SECOND), np.append(event, arrival[-1] + SECOND + 1_020)
+        stamp, true = perturb(arrival, np.random.default_rng(seed), sine=1_500.0)
+        found = fit_envelope(stamp, event)
+        error = errors_of(found, arrival, event, true)
+        within += is_within(found, error, true, event)
+        beyond += abs(error[-1]) > found.typical_bound_ns
+        told += bool(found.flags)
+        bound = found.bound_at(true, event)
+        assert bound[-1] == found.bound_ns
+        assert np.median(bound) == found.typical_bound_ns
+    assert within == 20
+    assert told <= 1
+    assert beyond >= 5, "one number for the whole recording would have been wrong, or wide for all of it"
+
+
+@pytest.mark.parametrize("step", [0, 2_000_000, -2_000_000])
+def test_each_packet_has_the_bound_of_its_own_knots(step: int) -> None:
+    """After a step backwards the same stamps occur twice, and the event tells which is meant."""
+    arrival, event = loaded("quiet", 1)
+    stamp, _ = perturb(arrival, np.random.default_rng(2), sine=700.0, step=step)
+    event = event + np.where(arrival - arrival[0] > 8 * SECOND, 30, 0)
+    found = fit_envelope(stamp, event)
+    bound = found.bound_at(stamp, event)
+    assert len(found.bound) == len(found.knots) == len(found.segment)
+    segment = np.searchsorted(found.start_event, event, side="right") - 1
+    for knot in np.flatnonzero(np.diff(found.segment) == 0):
+        inside = (found.knots[knot] < stamp) & (stamp < found.knots[knot + 1]) & (segment == found.segment[knot])
+        assert inside.any()
+        assert (bound[inside] == found.bound[knot]).all()
+    assert len(set(found.bound.tolist())) > 3
+    assert found.bound_ns == found.bound.max()
+
+
 def test_bound_is_honest_and_not_idle() -> None:
-    """200 random perturbations: the truth lies within the bound in 99 %, and the bound is no more than a few times too wide."""
-    errors, bounds = np.empty(200), np.empty(200)
+    """200 random perturbations: in 99 % every packet is within its bound, which is at most 3 times too wide."""
+    errors, bounds, within = np.empty(200), np.empty(200), np.empty(200, bool)
     for number in range(200):
         rng = np.random.default_rng(1_000 + number)
         n, span = (8_000, 6 * SECOND) if number % 2 else (60_000, 20 * SECOND)
@@ -227,10 +271,11 @@ def test_bound_is_honest_and_not_idle() -> None:
             quantum=int(rng.choice([1, 8, 64])),
         )
         found = fit_envelope(stamp, event)
-        errors[number] = np.abs(errors_of(found, arrival, event, true)).max()
-        bounds[number] = found.bound_ns
-    assert (errors <= bounds).mean() >= 0.99
-    # The simulator's floor is so dense that most errors are of one or two ns: below the 3 ns kept for rounding nothing is idle.
+        error = errors_of(found, arrival, event, true)
+        errors[number], bounds[number] = np.abs(error).max(), found.typical_bound_ns
+        within[number] = is_within(found, error, true, event)
+    assert within.mean() >= 0.99
+    # The simulator's floor is so dense that most errors are of one or two ns: below the 2 ns kept for rounding nothing is idle.
     assert np.median(bounds / np.maximum(errors, 5)) <= 3
 
 

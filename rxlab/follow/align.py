@@ -196,7 +196,7 @@ def _pair_by_gaps(path: KernelPath, received: Columns) -> Pairs:
 
 def _spread(pairs: Pairs) -> float:
     """Return how far the fastest packets of a match leave the clock open."""
-    return pairs.envelope.bound_ns if pairs.envelope is not None else 0.0
+    return pairs.envelope.typical_bound_ns if pairs.envelope is not None else 0.0
 
 
 def _sides(path: KernelPath, skb: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -288,6 +288,8 @@ def _clock_map(
             "anchor": knots[starts],
             "slope": -(curve[starts + 1] - curve[starts]) / run,
         }
+        if method == "envelope":
+            columns["bound"] = np.ceil(envelope.bound[starts]).astype(np.int64)
     columns["start_real"][0] = NAT
     return ClockMap(
         Columns(columns),

@@ -265,13 +265,14 @@ def refuse_reversed(x: np.ndarray, e: np.ndarray, envelope: Envelope) -> None:
     A packet that stalled in between has its event before the window it is looked for in, and takes a neighbour's in silence (7 of
     58,828 real ones under load).
     """
-    if envelope.bound_ns <= MAX_BOUND_NS:
+    if envelope.typical_bound_ns <= MAX_BOUND_NS:
         return
-    turned = fit_envelope(-x, -e).bound_ns
-    if REVERSED * turned < envelope.bound_ns:
+    turned = fit_envelope(-x, -e).typical_bound_ns
+    if REVERSED * turned < envelope.typical_bound_ns:
         raise ClockError(
             "the stamps follow the events they are matched with",
-            found=f"the slowest packets lie within {turned:.0f} ns of a curve, the fastest within {envelope.bound_ns:.0f} ns",
+            found=f"the slowest packets lie within {turned:.0f} ns of a curve, the fastest within "
+            f"{envelope.typical_bound_ns:.0f} ns",
             do="Match with an event that follows the stamp, or exchange both sides.",
         )
 

@@ -13,14 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from rxlab.errors import ClockError
-from rxlab.follow.floorbound import KNOT_NS, NEAR_NS, curve_bound, judge_floor
+from rxlab.follow.floorbound import KNOT_NS, NEAR_NS, curve_bound, judge_floor, widened, without_packets
 from rxlab.follow.lowercurve import curve_below
 
 # Weight of one ppb of unrest against one ns of mean gap. Unrest is a change of bend from knot to knot: a steered clock bends
 # steadily, a floor that shifts for some seconds does not.
 PENALTY = 0.5
-# What the curve would be if unrest were cheaper by this tells how much of it the price decided.
-LOOSER = 3.0
 # The envelope must come this much closer to the packets than a straight line to be believed.
 MIN_GAIN_NS = 10.0
 # Steps are searched in minima of blocks of this many packets.
@@ -56,8 +54,13 @@ class Envelope:
         First event of each segment.
     origin : int
         Constant part of the offset, kept apart because float64 cannot hold nanoseconds since 1970.
+    bound : float64 array, dims (knot,), nanoseconds
+        From each knot to the next the curve follows the true offset to within this, up to one unknown constant (the smallest
+        delay); the last knot of a segment repeats the one before.
     bound_ns : float
-        The curve follows the true offset to within this, up to one unknown constant (the smallest delay).
+        The largest of them.
+    typical_bound_ns : float
+        The median of them over the packets.
     method : {"hull", "envelope"}
     flags : tuple of str
         ``sparse_floor``: too few fast packets to carry the curve, or none can be told from outliers. ``moving_floor``: how
@@ -79,7 +82,9 @@ class Envelope:
     segment: np.ndarray
     start_event: np.ndarray
     origin: int
+    bound: np.ndarray
     bound_ns: float
+    typical_bound_ns: float
     method: str
     flags: tuple[str, ...]
     uncertain: np.ndarray
@@ -94,13 +99,7 @@ class Envelope:
 
         After a step backwards the same stamps occur twice: `event`, if only roughly when, tells which was meant.
         """
-        heads = np.flatnonzero(np.diff(self.segment, prepend=-1))
-        if event is None:
-            starts = self.knots[heads].copy()
-            starts[0] = np.iinfo(np.int64).min
-            which = np.searchsorted(np.maximum.accumulate(starts), stamp, side="right") - 1
-        else:
-            which = np.maximum(np.searchsorted(self.start_event, event, side="right") - 1, 0)
+        heads, which = self._segment_of(stamp, event)
         result = np.empty(len(stamp), np.int64)
         for number in range(len(heads)):
             rows = np.flatnonzero(which == number)
@@ -109,6 +108,25 @@ class Envelope:
             at = stamp[rows] - self.knots[heads[number]]
             result[rows] = np.rint(_interpolate(at.astype(np.float64), x.astype(np.float64), self.offset[inside]))
         return result + self.origin
+
+    def bound_at(self, stamp: np.ndarray, event: np.ndarray | None = None) -> np.ndarray:
+        """Return to within how many nanoseconds the curve is right at stamps, float64; `event` as in :meth:`offset_at`."""
+        heads, which = self._segment_of(stamp, event)
+        result = np.empty(len(stamp))
+        for number in range(len(heads)):
+            rows, inside = np.flatnonzero(which == number), self.segment == number
+            at = np.searchsorted(self.knots[inside], stamp[rows], side="right") - 1
+            result[rows] = self.bound[inside][np.maximum(at, 0)]
+        return result
+
+    def _segment_of(self, stamp: np.ndarray, event: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """Return the first knot of each segment, and the segment of each stamp."""
+        heads = np.flatnonzero(np.diff(self.segment, prepend=-1))
+        if event is not None:
+            return heads, np.maximum(np.searchsorted(self.start_event, event, side="right") - 1, 0)
+        starts = self.knots[heads].copy()
+        starts[0] = np.iinfo(np.int64).min
+        return heads, np.searchsorted(np.maximum.accumulate(starts), stamp, side="right") - 1
 
     def to_event_clock(self, stamp: np.ndarray, event: np.ndarray | None = None) -> np.ndarray:
         """Return when the event of the fastest possible packet with each stamp would come, int64 ns of the event's clock."""
@@ -170,6 +188,9 @@ def fit_envelope(
         _fit_segment(stamp[low:high], relative[low:high], knot_ns, penalty, method, max(quantum, 1))
         for low, high in zip(edges[:-1], edges[1:], strict=True)
     ]
+    bound = _joint_bound(parts)
+    by_size = np.argsort(bound)
+    covered = np.cumsum(np.concatenate([part.n_packets for part in parts])[by_size])
     uncertain = np.array([np.sort(stamp[[edge - 1, edge]]) for edge in edges[1:-1]], np.int64).reshape(-1, 2)
     return Envelope(
         knots=np.concatenate([part.knots for part in parts]),
@@ -177,7 +198,9 @@ def fit_envelope(
         segment=np.repeat(np.arange(len(parts)), [len(part.knots) for part in parts]),
         start_event=event[edges[:-1]],
         origin=origin,
-        bound_ns=_joint_bound([part.bound for part in parts]),
+        bound=bound,
+        bound_ns=float(bound.max()),
+        typical_bound_ns=float(bound[by_size[np.searchsorted(covered, covered[-1] / 2)]]),
         method="envelope" if any(part.is_bent for part in parts) else "hull",
         flags=tuple(sorted({flag for part in parts for flag in part.flags})),
         uncertain=uncertain,
@@ -189,10 +212,14 @@ def fit_envelope(
     )
 
 
-def _joint_bound(bounds: list[float]) -> float:
-    """Return the bound over all segments: each has a level of its own, and they share one constant."""
-    largest = sorted(bounds)[::-1]
-    return largest[0] + sum(largest[1:2]) / 2
+def _joint_bound(parts: list[_Part]) -> np.ndarray:
+    """Return the bound from each knot of all segments: each has a level of its own, and they share one constant."""
+    result = []
+    for part in parts:
+        others = max((float(np.median(other.bound)) for other in parts if other is not part), default=0.0) / 4
+        bound = widened(part.bound + others)
+        result.append(np.append(bound, bound[-1:])[: len(part.knots)])
+    return np.concatenate(result)
 
 
 def _find_steps(event: np.ndarray, delay: np.ndarray) -> list[int]:
@@ -243,12 +270,13 @@ class _Part:
 
     knots: np.ndarray
     offset: np.ndarray
-    bound: float
+    bound: np.ndarray
     is_bent: bool
     flags: tuple[str, ...]
     n_outliers: int
     gain: float
     support: np.ndarray
+    n_packets: np.ndarray
 
 
 def _fit_segment(
@@ -260,8 +288,8 @@ def _fit_segment(
     if len(stamp) < MIN_PACKETS or span == 0:
         level = float(delay.min())
         return _Part(
-            np.array([start]), np.array([level]), float(np.ptp(delay)), False, ("short", "sparse_floor"), 0, 0.0,
-            np.zeros(1, np.int64),
+            np.array([start]), np.array([level]), np.array([np.ptp(delay)]), False, ("short", "sparse_floor"), 0, 0.0,
+            np.zeros(1, np.int64), np.array([len(stamp)]),
         )  # fmt: skip
     x = (stamp[order] - start).astype(np.float64)
     slope = _coarse_slope(x, delay[order])
@@ -273,43 +301,44 @@ def _fit_segment(
     cut = x[~keep]
     n_outliers = len(cut)
     x, y = x[keep], y[keep]
-    n_intervals = max(1, round(span / knot_ns))
+    # As far as there are packets, though the last ones may have been cut.
+    knots = np.linspace(0.0, span, max(1, round(span / knot_ns)) + 1)
     for _ in range(MAX_LOOKS):
-        knots, curve, gain, bound = _fit_curve(x, y, n_intervals, penalty, method)
+        curve, gain, is_bent = _fit_curve(x, y, knots, penalty, method)
         lone = _lone_supports(x, y - np.interp(x, knots, curve))
         if not len(lone):
             break
         x, y = np.delete(x, lone), np.delete(y, lone)
         n_outliers += len(lone)
-    flags, support, bound = judge_floor(x, y - np.interp(x, knots, curve), cut, bound, n_intervals, quantum)
+    bound = curve_bound(x, y, knots, curve) + leftover
+    flags, support = judge_floor(x, y - np.interp(x, knots, curve), cut, knots, float(bound.max()), quantum)
     whole = np.rint(knots)
     return _Part(
         start + whole.astype(np.int64),
         curve + level + slope * whole,
-        bound + leftover,
-        len(knots) > 2,
+        without_packets(x, knots, curve, bound),
+        is_bent,
         flags,
         n_outliers,
         gain,
         support,
+        # How many packets lie from each knot to the next.
+        np.diff(np.searchsorted(x, knots[1:-1]), prepend=0, append=[len(x), len(x)]),
     )
 
 
 def _fit_curve(
-    x: np.ndarray, y: np.ndarray, n_intervals: int, penalty: float, method: str
-) -> tuple[np.ndarray, np.ndarray, float, float]:
-    """Return knots and values of the line or curve, how much closer a curve is than the line, and the bound."""
-    ends = np.array([0.0, x[-1]])
-    line = curve_below(x, y, ends, 0.0)
-    if n_intervals == 1 or method == "hull":
-        return ends, line, 0.0, curve_bound(x, y, ends, line, line)
-    knots = np.linspace(0.0, x[-1], n_intervals + 1)
-    bent, looser = (curve_below(x, y, knots, price) for price in (penalty, penalty / LOOSER))
-    gain = float(np.mean(np.interp(x, knots, bent) - np.interp(x, ends, line)))
-    if method == "envelope" or gain > MIN_GAIN_NS:
-        return knots, bent, gain, curve_bound(x, y, knots, bent, looser)
-    # The bends that were not worth believing may be real.
-    return ends, line, gain, curve_bound(x, y, knots, np.interp(knots, ends, line), looser)
+    x: np.ndarray, y: np.ndarray, knots: np.ndarray, penalty: float, method: str
+) -> tuple[np.ndarray, float, bool]:
+    """Return the line or curve at the knots, how much closer a curve is than the line, and whether the curve was taken."""
+    ends = knots[[0, -1]]
+    line = np.interp(knots, ends, curve_below(x, y, ends, 0.0))
+    if len(knots) == 2 or method == "hull":
+        return line, 0.0, False
+    bent = curve_below(x, y, knots, penalty)
+    gain = float(np.mean(np.interp(x, knots, bent) - np.interp(x, knots, line)))
+    is_bent = method == "envelope" or gain > MIN_GAIN_NS
+    return bent if is_bent else line, gain, is_bent
 
 
 def _coarse_slope(x: np.ndarray, delay: np.ndarray) -> float:

@@ -78,7 +78,7 @@ def test_bound_on_a_recording_nobody_has_seen(tmp_path: Path, testbed: Testbed, 
     event = joined.time[:, STAGE_INDEX["softirq_raise"]]
     rows = np.flatnonzero((event != NAT) & (joined.packets["pcap_frame"] > 0))
     arrival, event = joined.clock.to_monotonic(joined.packets["pcap_time"][rows]), event[rows]
-    errors, bounds = [], []
+    errors, bounds, within = [], [], []
     for seed in range(200):
         rng = np.random.default_rng(seed)
         t = (arrival - arrival[0]).astype(np.float64)
@@ -95,14 +95,16 @@ def test_bound_on_a_recording_nobody_has_seen(tmp_path: Path, testbed: Testbed, 
         if found.flags:
             continue
         error = found.to_event_clock(true, event) - arrival
-        errors.append(float(np.abs(error - np.median(error)).max()))
-        bounds.append(found.bound_ns)
-    within = float((np.array(errors) <= np.array(bounds)).mean())
+        error = np.abs(error - np.median(error))
+        errors.append(float(error.max()))
+        bounds.append(found.typical_bound_ns)
+        within.append(bool((error <= found.bound_at(true, event)).all()))
     print(
-        f"{len(errors)} judged, within {within:.4f}, median error {np.median(errors):.0f}, bound {np.median(bounds):.0f} ns"
+        f"{len(errors)} judged, every packet within in {np.mean(within):.4f}, median of the largest errors {np.median(errors):.0f}, "
+        f"of the bounds {np.median(bounds):.0f} ns"
     )
-    # On a loaded machine most floors move and are flagged. How many times wider than the error a bound is says little where the errors are
-    # a few ns (seen: 177 judged, 7 against 41 ns): it is held to what is useful of a microsecond's latency.
-    assert len(errors) >= 20
-    assert within >= 0.99
-    assert np.median(bounds) <= 100
+    # On a loaded machine some floors move, and are flagged; on a quiet one hardly any.
+    assert len(errors) >= 60
+    assert np.mean(within) >= 0.99
+    # An error of a few ns is as good as none: perf's clock and the stamps have steps of that size.
+    assert np.median(bounds) <= 3 * max(np.median(errors), 10.0)
