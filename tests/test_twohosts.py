@@ -15,7 +15,7 @@ from twohosts_world import SECOND, Clock, World
 from rxlab.dataset import schema, store
 from rxlab.dataset.twohosts import groups_of, intervals_of_frames
 from rxlab.errors import ClockError
-from rxlab.follow.crossings import AMBIGUOUS, CROSSINGS, MERGED, SEGMENT, match_captures
+from rxlab.follow.crossings import AMBIGUOUS, BY_GAPS, CROSSINGS, MERGED, SEGMENT, match_captures
 from rxlab.follow.oneway import NAT
 from rxlab.follow.twohosts import TwoHosts, align_two_hosts
 from rxlab.pipeline import analyze_run
@@ -88,6 +88,20 @@ def test_packets_missed_by_a_capture_or_lost_are_told_from_those_that_came() -> 
     assert 0.98 < judged / sum(map(len, world.true.values())) < 1
     left = [sum(frame.forward == way for frame in world.frames) for way in (True, False)]
     assert all(0.002 * n < unseen < 0.05 * n for n, unseen in zip(left, found.n_unseen, strict=True))
+
+
+def test_datagrams_that_are_all_alike_are_matched_by_their_gaps_or_not_at_all() -> None:
+    seldom = {"seconds": 4.0, "kinds": ("udp",), "alike": True, "ip_ids": False, "jitter": (10_000, 10_000), **APART}
+    world = World(rate=300.0, **seldom)
+    found = align_two_hosts(world.sender, world.receiver)
+    assert (found.forward["status"] == BY_GAPS).mean() > 0.9
+    judged, outside = judge(world, found)
+    assert judged > 0.9 * sum(map(len, world.true.values()))
+    assert outside == 0
+    # So dense that neighbours change places.
+    dense = World(rate=20_000.0, **{**seldom, "seconds": 0.2, "jitter": (200_000, 200_000)})
+    with pytest.raises(ClockError, match="no packets in common"):
+        align_two_hosts(dense.sender, dense.receiver)
 
 
 def test_offloads_are_named() -> None:

@@ -76,6 +76,7 @@ class Recipe:
     kinds: tuple[str, ...] = ("rpc", "bulk", "udp")
     one_way: bool = False
     translated: bool = False
+    alike: bool = False  # datagrams without a number
 
 
 class World:
@@ -210,7 +211,7 @@ class World:
         """Datagrams with a number in them, each answered."""
         told = self.recipe
         for at in np.cumsum(self.rng.exponential(SECOND / told.rate, int(told.seconds * told.rate))).astype(np.int64):
-            digest = int(self.rng.integers(1, 2**63))
+            digest = 5 if told.alike else int(self.rng.integers(1, 2**63))
             got = self._send(int(at), True, port, 64, proto=UDP, digest=digest)
             if got is not None and not told.one_way:
                 self._send(got.arrived + 4_000, False, port, 64, proto=UDP, digest=digest + 1)

@@ -27,7 +27,7 @@ def interval_variables(group: str, *, optional: bool) -> list[Variable]:
         v("sender_frame", "int64", "1", "", "frame number where it left", "number in the capture where it left, of the frame with its first byte", "0: not known"),
         v("crossing", "int8", "1", "", "how it was found there",
           "segment: part of a larger frame (TSO), behind whose other parts it waited; merged: of several frames (GRO); ambiguous: its bytes were sent several times, the interval "
-          "holds all of them; step: a clock was stepped meanwhile; inconsistent: it would have arrived before it left", "never", flags=CROSSINGS),
+          "holds all of them; step: a clock was stepped meanwhile; inconsistent: it would have arrived before it left; by_gaps: of datagrams all alike, by the gaps between them", "never", flags=CROSSINGS),
     ]  # fmt: skip
 
 

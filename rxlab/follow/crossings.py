@@ -13,14 +13,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from rxlab.errors import ClockError
+from rxlab.follow.clockmatch import match_sequences
+from rxlab.follow.envelope import MIN_PACKETS
 from rxlab.follow.status import TCP, UDP
 from rxlab.read.columns import Columns
 from rxlab.read.compiler import njit
 from rxlab.read.pcapfile import NAT
 
 # What became of a packet that arrived, against the capture where it left.
-CROSSINGS = ("absent", "matched", "segment", "merged", "ambiguous", "step", "inconsistent")
-ABSENT, MATCHED, SEGMENT, MERGED, AMBIGUOUS, STEP, INCONSISTENT = range(len(CROSSINGS))
+CROSSINGS = ("absent", "matched", "segment", "merged", "ambiguous", "step", "inconsistent", "by_gaps")
+ABSENT, MATCHED, SEGMENT, MERGED, AMBIGUOUS, STEP, INCONSISTENT, BY_GAPS = range(len(CROSSINGS))
 # IP IDs tell copies apart where both hosts saw the same ones: no translator in between wrote its own.
 SAME_IDS = 0.9
 # Segments are no shorter than this where paths are sane (RFC 9293's default), so a frame has no more of them.
@@ -95,6 +97,8 @@ def match_captures(sender: Columns, receiver: Columns, received: np.ndarray | No
     """
     there, here = _keyed(sender), _keyed(receiver)
     mine, other = _same_packets(there, here)
+    alike = _alike_datagrams(there, here, mine, other)
+    mine, other = np.concatenate((mine, alike[0])), np.concatenate((other, alike[1]))
     if len(mine) < MIN_COMMON:
         raise ClockError(
             "the two captures have no packets in common",
@@ -119,8 +123,8 @@ def match_captures(sender: Columns, receiver: Columns, received: np.ndarray | No
     flow_here[flow_there[known]] = known
     renamed = _Side(there.rows, flow_here[there.flow], there.packets)
     return (
-        _cross(renamed, here, partner, places, forward, same_ids),
-        _cross(here, renamed, partner_there, places[::-1], ~forward, same_ids),
+        _cross(renamed, here, partner, alike[1], places, forward, same_ids),
+        _cross(here, renamed, partner_there, alike[0], places[::-1], ~forward, same_ids),
     )
 
 
@@ -182,6 +186,52 @@ def _same_packets(there: _Side, here: _Side) -> tuple[np.ndarray, np.ndarray]:
         free.append(left)
     again = _once_on_both(ids[0], ids[1], free[0], free[1])
     return np.concatenate((mine, again[0])), np.concatenate((other, again[1]))
+
+
+def _alike_datagrams(there: _Side, here: _Side, mine: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the packets of flows whose datagrams are all alike, by the gaps between them; without a flow where that would be a guess."""
+    words, free = [_flow_words(there), _flow_words(here)], []
+    for side, used in ((there, mine), (here, other)):
+        left = side.of("proto") == UDP
+        left[used] = False
+        free.append(np.flatnonzero(left))
+    parts = [_by_word(words[at][side.flow[free[at]]], free[at]) for at, side in enumerate((there, here))]
+    found: list[tuple[np.ndarray, np.ndarray]] = []
+    for word in parts[0].keys() & parts[1].keys():
+        rows = parts[0][word], parts[1][word]
+        if min(map(len, rows)) < MIN_PACKETS:
+            continue
+        pairs = _pair_by_gaps(
+            *(
+                (side.of("time")[row], side.of("payload_len")[row])
+                for side, row in zip((there, here), rows, strict=True)
+            )
+        )
+        if pairs is not None:
+            found.append((rows[0][pairs[0]], rows[1][pairs[1]]))
+    nothing = np.empty(0, np.int64)
+    left_rows, right_rows = (np.concatenate([nothing, *(pair[at] for pair in found)]) for at in (0, 1))
+    return left_rows, right_rows
+
+
+def _by_word(words: np.ndarray, rows: np.ndarray) -> dict[int, np.ndarray]:
+    """Return the rows of each word, in order."""
+    order = np.argsort(words, kind="stable")
+    cuts = np.flatnonzero(np.diff(words[order])) + 1
+    return {int(words[part[0]]): rows[part] for part in np.split(order, cuts) if len(part)}
+
+
+def _pair_by_gaps(
+    one: tuple[np.ndarray, np.ndarray], two: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return rows that belong together, None where the gaps do not tell. Which side comes first is not known: both are tried."""
+    for first, second, is_turned in ((one, two, False), (two, one, True)):
+        try:
+            pairs = match_sequences(*first, *second)
+        except ClockError:
+            continue
+        return (pairs.event, pairs.packet) if is_turned else (pairs.packet, pairs.event)
+    return None
 
 
 def _once_on_both(
@@ -302,6 +352,7 @@ def _cross(
     left: _Side,
     came: _Side,
     partner: np.ndarray,
+    alike: np.ndarray,
     places: tuple[np.ndarray, np.ndarray],
     forward: np.ndarray,
     same_ids: bool,
@@ -309,7 +360,9 @@ def _cross(
     """Follow one direction: `left` is where its packets left, `came` where they arrived; flows are numbered alike."""
     goes = np.append(forward, False)
     rows = np.flatnonzero(goes[came.flow])
-    first, status = partner[rows].copy(), np.where(partner[rows] >= 0, MATCHED, ABSENT).astype(np.int8)
+    how = np.full(len(partner), MATCHED, np.int8)
+    how[alike] = BY_GAPS
+    first, status = partner[rows].copy(), np.where(partner[rows] >= 0, how[rows], ABSENT).astype(np.int8)
     last = first.copy()
     streams = [
         np.flatnonzero((side.of("proto") == TCP) & (side.of("payload_len") > 0) & goes[side.flow])
