@@ -19,6 +19,7 @@ from rxlab.follow.crossings import AMBIGUOUS, BY_GAPS, CROSSINGS, MERGED, SEGMEN
 from rxlab.follow.oneway import NAT
 from rxlab.follow.twohosts import TwoHosts, align_two_hosts
 from rxlab.pipeline import analyze_run
+from rxlab.show import trust
 from rxlab.show.life import packet_life
 from rxlab.show.style import microseconds
 from rxlab.show.text import analysis_text
@@ -167,12 +168,70 @@ def test_a_clock_step_is_found_and_packets_within_it_have_no_interval(end: str) 
     assert found.width_ns[1] < 110_000
 
 
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_no_bound_reaches_across_a_step(seed: int) -> None:
+    """The few packets after it are slow ones, so that the curve there lies elsewhere between the two directions."""
+    clock = Clock(offset=7, step=(2.8, 37 * SECOND))
+    world = World(
+        seed=seed, seconds=3.0, rate=150.0, kinds=("udp",), base=(500, 500), jitter=(40_000, 40_000), sender=clock
+    )
+    assert judge(world, align_two_hosts(world.sender, world.receiver))[1] == 0
+
+
+@pytest.mark.parametrize("end", ["sender", "receiver"])
+def test_stamps_are_cut_to_their_resolution(end: str) -> None:
+    """Latencies that hardly vary: nothing but the resolution keeps the bounds apart."""
+    clocks = {end: Clock(offset=12_345_678_901, quantum=1_000)}
+    world = World(**SHORT, kinds=("udp",), base=(20_000, 20_000), jitter=(1, 1), **clocks)
+    found = align_two_hosts(world.sender, world.receiver)
+    assert judge(world, found)[1] == 0
+    assert 39_000 <= found.width_ns[0] <= found.width_ns[1] <= 44_000
+
+
+def test_what_is_merged_on_its_way_still_tells_which_host_sent() -> None:
+    """No data packet is the same in both captures, and few packets are there."""
+    world = World(
+        seconds=2.0,
+        rate=20.0,
+        kinds=("bulk",),
+        tso=False,
+        train=4,
+        base=(1_100, 900_000),
+        jitter=(560, 450_000),
+        **APART,
+    )
+    found = align_two_hosts(world.sender, world.receiver)
+    assert (found.forward["status"] == MERGED).all()
+    assert judge(world, found) == (sum(map(len, world.true.values())), 0)
+
+
 def test_a_clock_that_is_steered_hard_is_followed_or_flagged() -> None:
     """Slewed by 50 ppm for a second, as chronyd and ntpd do."""
-    world = World(seconds=6.0, rate=300.0, sender=Clock(slew=(2.0, 3.0, 50e-6)))
+    world = World(seconds=5.0, rate=150.0, sender=Clock(slew=(2.0, 3.0, 50e-6)))
     found = align_two_hosts(world.sender, world.receiver)
     assert judge(world, found)[1] == 0
     assert found.width_ns[1] < 200_000
+    # Slewed in the middle of an interval of the curve, whose direction is so steady that nothing else widens it.
+    short = World(
+        seconds=2.0,
+        rate=150.0,
+        kinds=("udp",),
+        base=(1_900_000, 2_000),
+        jitter=(900_000, 20),
+        sender=Clock(slew=(1.0, 2.0, -35e-6)),
+    )
+    assert judge(short, align_two_hosts(short.sender, short.receiver))[1] == 0
+
+
+def test_few_windows_do_not_make_a_line_certain() -> None:
+    """Half a second, of which two packets alone carry the line below the noisier direction."""
+    for seed in range(4):
+        world = World(
+            seed=seed, seconds=0.5, rate=200.0, kinds=("udp",), base=(600_000, 3_000), jitter=(60_000, 30), **APART
+        )
+        found = align_two_hosts(world.sender, world.receiver)
+        assert judge(world, found)[1] == 0
+        assert found.bounds.wander < 50e-6
 
 
 def test_a_stamp_that_is_wrong_spoils_its_own_packet_only() -> None:
@@ -336,3 +395,10 @@ def test_a_packet_of_a_run_tells_when_it_left_its_sender() -> None:
         tree, int(arrived[9])
     )
     assert high > low
+    report = trust.trust_panel(
+        [trust.AnalysedRun(make_run(), make_host(), tree, None, Path("web"))], recorded=False, overhead=[]
+    )
+    check = next(check for check in report if check.name == "Sender's capture, web")
+    assert check.state == "good"
+    n = len(world.true[True])
+    assert f"one way forward: {n:,} of {n:,} packets found where they left" in check.summary

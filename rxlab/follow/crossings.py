@@ -13,12 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from rxlab.errors import ClockError
-from rxlab.follow.clockmatch import match_sequences
-from rxlab.follow.envelope import MIN_PACKETS
-from rxlab.follow.status import TCP, UDP
+from rxlab.follow.samepackets import Side, alike_datagrams, hash_rows, keyed, same_packets, same_starts
+from rxlab.follow.status import TCP
 from rxlab.read.columns import Columns
 from rxlab.read.compiler import njit
-from rxlab.read.pcapfile import NAT
 
 # What became of a packet that arrived, against the capture where it left.
 CROSSINGS = ("absent", "matched", "segment", "merged", "ambiguous", "step", "inconsistent", "by_gaps")
@@ -55,22 +53,6 @@ class Crossing:
     n_unseen: int
 
 
-@dataclass(frozen=True)
-class _Side:
-    """One capture's packets that have a key, with the number of their directed flow."""
-
-    rows: np.ndarray
-    flow: np.ndarray
-    packets: Columns
-
-    @property
-    def n_flows(self) -> int:
-        return int(self.flow.max(initial=-1)) + 2 & ~1
-
-    def of(self, name: str) -> np.ndarray:
-        return np.asarray(self.packets[name])
-
-
 def match_captures(sender: Columns, receiver: Columns, received: np.ndarray | None = None) -> tuple[Crossing, Crossing]:
     """Match the packets of two hosts' captures, each direction from where it left to where it arrived.
 
@@ -95,23 +77,26 @@ def match_captures(sender: Columns, receiver: Columns, received: np.ndarray | No
     ClockError
         The captures have next to no packet in common.
     """
-    there, here = _keyed(sender), _keyed(receiver)
-    mine, other = _same_packets(there, here)
-    alike = _alike_datagrams(there, here, mine, other)
-    mine, other = np.concatenate((mine, alike[0])), np.concatenate((other, alike[1]))
-    if len(mine) < MIN_COMMON:
+    there, here = keyed(sender), keyed(receiver)
+    mine, other = same_packets(there, here)
+    alike = alike_datagrams(there, here, mine, other)
+    begun = same_starts(there, here, mine, other)
+    pairs = [np.concatenate(one) for one in zip((mine, other), alike, begun, strict=True)]
+    if len(pairs[0]) < MIN_COMMON:
         raise ClockError(
             "the two captures have no packets in common",
-            found=f"{len(mine)} of {sender.n:,} and {receiver.n:,} packets",
+            found=f"{len(pairs[0])} of {sender.n:,} and {receiver.n:,} packets",
             expected="one conversation, captured on both hosts at the same time",
             do="Check that both files are of the same run, and that no proxy lies in between.",
         )
-    flow_there = _flows_in_common(there, here, mine, other)
-    is_pair = flow_there[here.flow[other]] == there.flow[mine]
-    mine, other = mine[is_pair], other[is_pair]
-    forward = _forward_flows(there, here, mine, other, flow_there, received)
-    places = _places(there, here, mine, other, flow_there)
-    same_ids = _has_same_ids(there, here, mine, other)
+    flow_there = _flows_in_common(there, here, *pairs)
+    is_pair = flow_there[here.flow[pairs[1]]] == there.flow[pairs[0]]
+    anchors = pairs[0][is_pair], pairs[1][is_pair]
+    forward = _forward_flows(there, here, *anchors, received)
+    places = _places(there, here, *anchors)
+    same_ids = _has_same_ids(there, here, *anchors)
+    is_whole = is_pair[: len(is_pair) - len(begun[0])]
+    mine, other = (one[: len(is_whole)][is_whole] for one in pairs)
     mine, other = _without_wrong_ids(there, here, mine, other, same_ids)
     partner = np.full(len(here.rows), -1, np.int64)
     partner[other] = mine
@@ -121,136 +106,14 @@ def match_captures(sender: Columns, receiver: Columns, received: np.ndarray | No
     flow_here = np.full(there.n_flows + 1, -1, np.int64)
     known = np.flatnonzero(flow_there >= 0)
     flow_here[flow_there[known]] = known
-    renamed = _Side(there.rows, flow_here[there.flow], there.packets)
+    renamed = Side(there.rows, flow_here[there.flow], there.packets)
     return (
         _cross(renamed, here, partner, alike[1], places, forward, same_ids),
         _cross(here, renamed, partner_there, alike[0], places[::-1], ~forward, same_ids),
     )
 
 
-def _keyed(packets: Columns) -> _Side:
-    """Return a capture's packets that can be told apart: whole TCP and UDP packets of a flow."""
-    is_known = np.isin(packets["proto"], (TCP, UDP)) & (packets["flow"] >= 0) & (packets["fragment"] == 0)
-    rows = np.flatnonzero(is_known & (packets["time"] != NAT) & (packets["payload_len"] >= 0))
-    flow = packets["flow"][rows].astype(np.int64) * 2 + packets["flow_dir"][rows]
-    return _Side(rows, flow, packets.take(rows))
-
-
-@njit(cache=True, nogil=True)
-def _mixed(word, more):
-    """Mix numbers into 64-bit words, element by element (the finalizer of MurmurHash3)."""
-    for row in range(len(word)):
-        mixed = (word[row] ^ np.uint64(more[row])) * np.uint64(0xFF51AFD7ED558CCD)
-        mixed = (mixed ^ (mixed >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
-        word[row] = mixed ^ (mixed >> np.uint64(29))
-
-
-def _hash(*columns: np.ndarray) -> np.ndarray:
-    """Return one 64-bit word per row of some integer columns."""
-    word = np.full(len(columns[0]), 0x9E3779B97F4A7C15, np.uint64)
-    for column in columns:
-        _mixed(word, column.astype(np.uint64, copy=False))
-    return word
-
-
-def _flow_words(side: _Side) -> np.ndarray:
-    """Return a word per directed flow: its addresses, ports and protocol."""
-    words = np.zeros(side.n_flows, np.uint64)
-    first = np.unique(side.flow, return_index=True)[1]
-    names = ("src_hi", "src_lo", "dst_hi", "dst_lo", "sport", "dport", "proto")
-    words[side.flow[first]] = _hash(*(side.of(name)[first] for name in names))
-    return words
-
-
-def _same_packets(there: _Side, here: _Side) -> tuple[np.ndarray, np.ndarray]:
-    """Return the packets whose header (TCP) or payload (UDP) occurs once on each side, without and then with the IP ID.
-
-    A flow whose addresses occur on one side only was translated on its way: its packets are sought by the rest.
-    """
-    words = _flow_words(there), _flow_words(here)
-    keys, ids = [], []
-    for side, mine, other in ((there, words[0], words[1]), (here, words[1], words[0])):
-        known = np.where(np.isin(mine, other), mine, np.uint64(0))
-        is_tcp = side.of("proto") == TCP
-        rest = [np.where(is_tcp, side.of(name), 0) for name in ("seq", "ack", "tcp_flags", "tsval", "tsecr")]
-        digest = np.where(is_tcp, np.uint64(0), side.of("digest"))
-        keys.append(_hash(known[side.flow], side.of("proto"), side.of("payload_len"), digest, *rest))
-        ids.append(_hash(keys[-1], side.of("ip_id")))
-    # A datagram without readable bytes has no key.
-    usable = [(side.of("proto") == TCP) | (side.of("digest") != 0) for side in (there, here)]
-    mine, other = _once_on_both(keys[0], keys[1], usable[0], usable[1])
-    free = []
-    for side, used, known in ((there, mine, usable[0]), (here, other, usable[1])):
-        left = known & (side.of("ip_id") != 0) & (side.of("ip_version") == 4)
-        left[used] = False
-        free.append(left)
-    again = _once_on_both(ids[0], ids[1], free[0], free[1])
-    return np.concatenate((mine, again[0])), np.concatenate((other, again[1]))
-
-
-def _alike_datagrams(there: _Side, here: _Side, mine: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the packets of flows whose datagrams are all alike, by the gaps between them; without a flow where that would be a guess."""
-    words, free = [_flow_words(there), _flow_words(here)], []
-    for side, used in ((there, mine), (here, other)):
-        left = side.of("proto") == UDP
-        left[used] = False
-        free.append(np.flatnonzero(left))
-    parts = [_by_word(words[at][side.flow[free[at]]], free[at]) for at, side in enumerate((there, here))]
-    found: list[tuple[np.ndarray, np.ndarray]] = []
-    for word in parts[0].keys() & parts[1].keys():
-        rows = parts[0][word], parts[1][word]
-        if min(map(len, rows)) < MIN_PACKETS:
-            continue
-        pairs = _pair_by_gaps(
-            *(
-                (side.of("time")[row], side.of("payload_len")[row])
-                for side, row in zip((there, here), rows, strict=True)
-            )
-        )
-        if pairs is not None:
-            found.append((rows[0][pairs[0]], rows[1][pairs[1]]))
-    nothing = np.empty(0, np.int64)
-    left_rows, right_rows = (np.concatenate([nothing, *(pair[at] for pair in found)]) for at in (0, 1))
-    return left_rows, right_rows
-
-
-def _by_word(words: np.ndarray, rows: np.ndarray) -> dict[int, np.ndarray]:
-    """Return the rows of each word, in order."""
-    order = np.argsort(words, kind="stable")
-    cuts = np.flatnonzero(np.diff(words[order])) + 1
-    return {int(words[part[0]]): rows[part] for part in np.split(order, cuts) if len(part)}
-
-
-def _pair_by_gaps(
-    one: tuple[np.ndarray, np.ndarray], two: tuple[np.ndarray, np.ndarray]
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return rows that belong together, None where the gaps do not tell. Which side comes first is not known: both are tried."""
-    for first, second, is_turned in ((one, two, False), (two, one, True)):
-        try:
-            pairs = match_sequences(*first, *second)
-        except ClockError:
-            continue
-        return (pairs.event, pairs.packet) if is_turned else (pairs.packet, pairs.event)
-    return None
-
-
-def _once_on_both(
-    left: np.ndarray, right: np.ndarray, left_usable: np.ndarray, right_usable: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows of words that occur exactly once on the left and exactly once on the right."""
-    at, to = np.flatnonzero(left_usable), np.flatnonzero(right_usable)
-    words = np.concatenate((left[at], right[to]))
-    order = np.argsort(words, kind="stable")
-    words = words[order]
-    # A pair is alone among the sorted words, and stable order puts the left one first.
-    starts = np.flatnonzero(np.append(True, words[1:] != words[:-1])) if len(words) else np.empty(0, np.int64)
-    starts = starts[np.diff(starts, append=len(words)) == 2]
-    first, second = order[starts], order[starts + 1]
-    is_both = (first < len(at)) & (second >= len(at))
-    return at[first[is_both]], to[second[is_both] - len(at)]
-
-
-def _flows_in_common(there: _Side, here: _Side, mine: np.ndarray, other: np.ndarray) -> np.ndarray:
+def _flows_in_common(there: Side, here: Side, mine: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Return for each directed flow of `here` the one of `there` that most of its packets have, -1 where none; one to one.
 
     Both directions of a connection go together, so one that has no packet of its own in common follows the other.
@@ -271,11 +134,10 @@ def _flows_in_common(there: _Side, here: _Side, mine: np.ndarray, other: np.ndar
 
 
 def _forward_flows(
-    there: _Side,
-    here: _Side,
+    there: Side,
+    here: Side,
     mine: np.ndarray,
     other: np.ndarray,
-    flow_there: np.ndarray,
     received: np.ndarray | None,
 ) -> np.ndarray:
     """Tell for each directed flow of `here` whether its packets go from `there` to `here`."""
@@ -291,7 +153,7 @@ def _forward_flows(
     longer = np.sign(took[turns + 1] - took[turns]).astype(np.float64)
     votes = np.bincount(flow[turns + 1], longer, n) + np.bincount(flow[turns], -longer, n)
     # Where a connection says nothing, its hosts' other connections do; else the sender sends.
-    address = _hash(here.of("src_hi"), here.of("src_lo"))
+    address = hash_rows(here.of("src_hi"), here.of("src_lo"))
     source = np.zeros(n, np.uint64)
     source[here.flow] = address
     hosts, host = np.unique(source, return_inverse=True)
@@ -299,7 +161,7 @@ def _forward_flows(
     votes = np.where(votes != 0, votes, of_host)
     silent = votes.reshape(-1, 2) == 0
     votes = np.where(silent, -votes.reshape(-1, 2)[:, ::-1], votes.reshape(-1, 2)).ravel()
-    carried = np.bincount(here.flow[other], here.of("payload_len")[other] + 1.0, n).reshape(-1, 2)
+    carried = np.bincount(here.flow, here.of("payload_len") + 1.0, n).reshape(-1, 2)
     most = np.where(carried >= carried[:, ::-1], 1.0, -1.0).ravel()
     return np.asarray(np.where(votes != 0, votes, most) > 0)
 
@@ -320,9 +182,7 @@ def _unwrapped(flow, seq, n_flows):
     return result
 
 
-def _places(
-    there: _Side, here: _Side, mine: np.ndarray, other: np.ndarray, flow_there: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _places(there: Side, here: Side, mine: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the stream position of each packet's first byte, on both sides by the same count."""
     left = _unwrapped(there.flow, there.of("seq"), there.n_flows)
     right = _unwrapped(here.flow, here.of("seq"), here.n_flows)
@@ -332,7 +192,7 @@ def _places(
     return left, right + ahead[here.flow]
 
 
-def _has_same_ids(there: _Side, here: _Side, mine: np.ndarray, other: np.ndarray) -> bool:
+def _has_same_ids(there: Side, here: Side, mine: np.ndarray, other: np.ndarray) -> bool:
     """Tell whether the IP IDs of packets in common are the same on both sides."""
     a, b = there.of("ip_id")[mine], here.of("ip_id")[other]
     both = (a != 0) & (b != 0) & (here.of("ip_version")[other] == 4)
@@ -340,7 +200,7 @@ def _has_same_ids(there: _Side, here: _Side, mine: np.ndarray, other: np.ndarray
 
 
 def _without_wrong_ids(
-    there: _Side, here: _Side, mine: np.ndarray, other: np.ndarray, same_ids: bool
+    there: Side, here: Side, mine: np.ndarray, other: np.ndarray, same_ids: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Leave out pairs of different IP IDs: one of two alike was missed here, the other there."""
     a, b = there.of("ip_id")[mine], here.of("ip_id")[other]
@@ -349,8 +209,8 @@ def _without_wrong_ids(
 
 
 def _cross(
-    left: _Side,
-    came: _Side,
+    left: Side,
+    came: Side,
     partner: np.ndarray,
     alike: np.ndarray,
     places: tuple[np.ndarray, np.ndarray],

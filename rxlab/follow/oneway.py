@@ -29,6 +29,8 @@ MAX_DOUBLINGS = 12
 # Unless so few packets are to blame that their stamps must be wrong, or they are taken for others.
 MAX_WRONG = 0.01
 ROUNDING_NS = 2
+# In so many parts of an interval it is looked how far the fastest packets keep away from the curve.
+WINDOWS = 8
 # The floor is sparse where a tenth of the packets have an interval so many times the least, and a microsecond.
 SPARSE, SPARSE_NS = 3.0, 1_000
 MAX_QUANTUM_NS = 1_000
@@ -46,11 +48,16 @@ class Reference:
         -1: of packets to the receiver, fitted with time running backwards, for an envelope is a function of the stamp that comes first.
     level : int
         The curve where there is no envelope.
+    edges : int64 array, dims (interval + 1,), nanoseconds of the receiver's clock
+    slope_error : float64 array, dims (interval,)
+        How far the slope may be off in each interval: see :func:`_slope_errors`.
     """
 
     envelope: Envelope | None
-    sign: int = 1
-    level: int = 0
+    sign: int
+    level: int
+    edges: np.ndarray
+    slope_error: np.ndarray
 
     def __call__(self, t: np.ndarray) -> np.ndarray:
         """Return the curve at instants of the receiver's clock, int64 ns."""
@@ -58,20 +65,25 @@ class Reference:
             return np.full(len(t), self.level, np.int64)
         return -self.sign * self.envelope.offset_at(self.sign * t)
 
+    def wandered(self, t: np.ndarray, factor: float = 1.0) -> np.ndarray:
+        """Return by how much the clocks may have wandered from the curve since its beginning, float64 ns, ascending with `t`."""
+        errors = np.minimum(self.slope_error * factor, MAX_DRIFT)
+        x, edges = ((at - self.edges[0]).astype(np.float64) for at in (t, self.edges))
+        so_far = np.concatenate(([0.0], np.cumsum(np.diff(edges) * errors)))
+        return (
+            np.interp(x, edges, so_far) + errors[0] * np.minimum(x, 0.0) + errors[-1] * np.maximum(x - edges[-1], 0.0)
+        )
+
     @property
-    def slope_error(self) -> float:
-        """How far the slope may be off: the bound at both ends of an interval, and what a clock's frequency changes within one."""
-        if self.envelope is None or "short" in self.envelope.flags:
-            return MAX_DRIFT
-        within = np.diff(self.envelope.knots)[np.diff(self.envelope.segment) == 0]
-        return min(MAX_DRIFT, STEERING + 2 * self.envelope.bound_ns / float(within.min()))
+    def mean_error(self) -> float:
+        """The slope's error, on average over time."""
+        return float(np.average(self.slope_error, weights=np.diff(self.edges)))
 
     @property
     def drift(self) -> float:
         """Mean slope of the curve, nanoseconds per nanosecond; NaN where it is not known."""
-        if self.slope_error >= MAX_DRIFT:
+        if self.envelope is None or self.mean_error >= MAX_DRIFT:
             return float("nan")
-        assert self.envelope is not None
         inside = np.diff(self.envelope.segment) == 0
         run, rise = (float(np.diff(part)[inside].sum()) for part in (self.envelope.knots, self.envelope.offset))
         # Turning both time and curve leaves the slope; an envelope of packets to the sender is upside down.
@@ -85,6 +97,34 @@ class Reference:
         return np.sort(np.sort(self.sign * self.envelope.uncertain, axis=1), axis=0)
 
 
+def _slope_errors(envelope: Envelope, stamp: np.ndarray, event: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the intervals of a curve (edges on the stamp's clock, ascending) and how far its slope may be off in each.
+
+    Either end of an interval may be off by as much as the fastest packets around keep away from the curve, and by its bound; within
+    an interval a clock's frequency changes by 0.6 ppm, or by what the curve bends at either end.
+    """
+    if "short" in envelope.flags:
+        return np.array([stamp[0], max(int(stamp[-1]), int(stamp[0]) + 1)]), np.array([MAX_DRIFT])
+    heads = np.flatnonzero(np.diff(envelope.segment) == 0)
+    left, right = envelope.knots[heads], envelope.knots[heads + 1]
+    run = (right - left).astype(np.float64)
+    slope = (envelope.offset[heads + 1] - envelope.offset[heads]) / run
+    bend = np.zeros(len(slope))
+    follows = np.flatnonzero(np.diff(envelope.segment[heads]) == 0)
+    bend[follows] = np.abs(np.diff(slope))[follows]
+    bend[follows + 1] = np.maximum(bend[follows + 1], np.abs(np.diff(slope))[follows])
+    window = min(KNOT_NS, int(run.min())) // WINDOWS + 1
+    number = (stamp - stamp[0]) // window
+    starts = np.flatnonzero(np.diff(number, prepend=-1))
+    lowest = np.minimum.reduceat(envelope.excess(stamp, event), starts)
+    interval = np.clip(np.searchsorted(left, stamp[starts], side="right") - 1, 0, len(left) - 1)
+    away = np.zeros(len(left))
+    np.maximum.at(away, interval, lowest.astype(np.float64))
+    around = np.maximum(away, np.maximum(np.append(away[1:], 0.0), np.append(0.0, away[:-1])))
+    error = STEERING + bend + 2 * np.maximum(around, envelope.bound_ns) / run
+    return np.append(left, right[-1]), np.minimum(error, MAX_DRIFT)
+
+
 @dataclass(frozen=True)
 class OffsetBounds:
     """Between which two curves the receiver's clock minus the sender's lies.
@@ -95,8 +135,8 @@ class OffsetBounds:
     upper, lower : pairs of arrays, dims (packet,)
         When, in nanoseconds of the receiver's clock (int64, ascending), and how far above (below) the reference the difference may be
         then (float64).
-    wander : float
-        How far the difference may move against the reference, nanoseconds per nanosecond.
+    factor : float
+        How many times its slope's error the clocks wander from the reference.
     clock_error : int or None
         Within how many nanoseconds both clocks are said to agree.
     flags : tuple of str
@@ -109,9 +149,14 @@ class OffsetBounds:
     reference: Reference
     upper: tuple[np.ndarray, np.ndarray]
     lower: tuple[np.ndarray, np.ndarray]
-    wander: float
+    factor: float = 1.0
     clock_error: int | None = None
     flags: tuple[str, ...] = ()
+
+    @property
+    def wander(self) -> float:
+        """How far the difference may move against the reference on average, nanoseconds per nanosecond."""
+        return min(self.factor * self.reference.mean_error, MAX_DRIFT)
 
     @property
     def edges(self) -> np.ndarray:
@@ -121,7 +166,7 @@ class OffsetBounds:
     def at(self, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the least and the largest difference at instants of the receiver's clock, int64 ns; NAT where not known."""
         level = self.reference(t)
-        below, above = (_reach(t, *side, self.edges, self.wander) for side in (self.lower, self.upper))
+        below, above = (_reach(t, *side, self.reference, self.factor) for side in (self.lower, self.upper))
         least = np.where(np.isfinite(below), level - _whole(below), NAT)
         largest = np.where(np.isfinite(above), level + _whole(above), NAT)
         if self.clock_error is None:
@@ -185,14 +230,14 @@ def bound_offset(
         flags.add("unsteady_clock")
     if clock_error is not None:
         _refuse_wrong_claim(bounds, clock_error)
-    bounds = OffsetBounds(reference, bounds.upper, bounds.lower, bounds.wander, clock_error)
+    bounds = OffsetBounds(reference, bounds.upper, bounds.lower, bounds.factor, clock_error)
     least, largest = bounds.at(np.concatenate(at))
     known = (least != NAT) & (largest != NAT)
     if known.any():
         width = (largest - least)[known]
         if np.quantile(width, 0.9) > SPARSE * max(int(width.min()), 0) + SPARSE_NS:
             flags.add("sparse_floor")
-    return OffsetBounds(reference, bounds.upper, bounds.lower, bounds.wander, clock_error, tuple(sorted(flags)))
+    return OffsetBounds(reference, bounds.upper, bounds.lower, bounds.factor, clock_error, tuple(sorted(flags)))
 
 
 def _refer(forward: tuple[np.ndarray, np.ndarray], reverse: tuple[np.ndarray, np.ndarray]) -> Reference:
@@ -202,11 +247,14 @@ def _refer(forward: tuple[np.ndarray, np.ndarray], reverse: tuple[np.ndarray, np
         if len(t) < MIN_PACKETS:
             continue
         knot_ns = max(KNOT_NS, int(t[-1] - t[0]) // MAX_INTERVALS)
-        found.append(Reference(fit_envelope(sign * t, sign * (t - difference), knot_ns=knot_ns), sign))
+        stamp, event = (sign * t)[::sign], (sign * (t - difference))[::sign]
+        envelope = fit_envelope(stamp, event, knot_ns=knot_ns)
+        edges, errors = _slope_errors(envelope, stamp, event)
+        found.append(Reference(envelope, sign, 0, (sign * edges)[::sign], errors[::sign]))
     if found:
-        return min(found, key=lambda one: one.slope_error)
+        return min(found, key=lambda one: one.mean_error)
     t, difference = forward if len(forward[0]) else reverse
-    return Reference(None, level=int(difference[0]))
+    return Reference(None, 1, int(difference[0]), np.array([t[0], t[-1] + 1]), np.array([MAX_DRIFT]))
 
 
 def _compatible(reference: Reference, sides: list[tuple[np.ndarray, np.ndarray]]) -> tuple[OffsetBounds, bool]:
@@ -217,19 +265,19 @@ def _compatible(reference: Reference, sides: list[tuple[np.ndarray, np.ndarray]]
     ClockError
         There are none.
     """
-    sides, wander, widened = list(sides), reference.slope_error, False
+    sides, factor = list(sides), 1.0
     for _ in range(MAX_DOUBLINGS):
-        bounds = _laid(reference, sides, wander)
+        bounds = _laid(reference, sides, factor)
         wrong = _contradicted(bounds, sides)
         counts = [int(one.sum()) for one in wrong]
         if not any(counts):
-            return bounds, widened
+            return bounds, factor > 1
         few = int(np.argmin([count if count else np.inf for count in counts]))
         if counts[few] <= max(1, MAX_WRONG * len(sides[few][0])) and counts[few] * 4 <= counts[1 - few]:
             t, difference = sides[few]
             sides[few] = t[~wrong[few]], difference[~wrong[few]]
-        elif wander < MAX_DRIFT:
-            wander, widened = min(2 * wander, MAX_DRIFT), True
+        elif bounds.wander < MAX_DRIFT:
+            factor *= 2
         else:
             break
     raise ClockError(
@@ -240,40 +288,41 @@ def _compatible(reference: Reference, sides: list[tuple[np.ndarray, np.ndarray]]
     )
 
 
-def _laid(reference: Reference, sides: list[tuple[np.ndarray, np.ndarray]], wander: float) -> OffsetBounds:
+def _laid(reference: Reference, sides: list[tuple[np.ndarray, np.ndarray]], factor: float) -> OffsetBounds:
     """Lay both bounds out: the lowest cone of all packets to the receiver, the highest of those to the sender."""
     edges = reference.steps[:, 1]
     cones = []
     for sign, (t, difference) in zip((1, -1), sides, strict=True):
         beyond = sign * (difference - reference(t)).astype(np.float64)
-        _open_cones(t, beyond, np.searchsorted(edges, t, side="right"), wander)
+        _open_cones(beyond, np.searchsorted(edges, t, side="right"), reference.wandered(t, factor))
         cones.append((t, beyond))
-    return OffsetBounds(reference, cones[0], cones[1], wander)
+    return OffsetBounds(reference, cones[0], cones[1], factor)
 
 
 @njit(cache=True, nogil=True)
-def _open_cones(t, beyond, segment, wander):
+def _open_cones(beyond, segment, wandered):
     """Lower each bound to what its neighbours' cones allow, in place; no cone reaches across a step."""
-    for row in range(1, len(t)):
+    for row in range(1, len(beyond)):
         if segment[row] == segment[row - 1]:
-            beyond[row] = min(beyond[row], beyond[row - 1] + wander * (t[row] - t[row - 1]))
-    for row in range(len(t) - 2, -1, -1):
+            beyond[row] = min(beyond[row], beyond[row - 1] + (wandered[row] - wandered[row - 1]))
+    for row in range(len(beyond) - 2, -1, -1):
         if segment[row] == segment[row + 1]:
-            beyond[row] = min(beyond[row], beyond[row + 1] + wander * (t[row + 1] - t[row]))
+            beyond[row] = min(beyond[row], beyond[row + 1] + (wandered[row + 1] - wandered[row]))
 
 
-def _reach(t: np.ndarray, at: np.ndarray, beyond: np.ndarray, edges: np.ndarray, wander: float) -> np.ndarray:
+def _reach(t: np.ndarray, at: np.ndarray, beyond: np.ndarray, reference: Reference, factor: float) -> np.ndarray:
     """Return the lowest cone at instants `t`; infinite where no packet of the segment has one."""
     result = np.full(len(t), np.inf)
     if not len(at):
         return result
+    edges = reference.steps[:, 1]
     mine, theirs = np.searchsorted(edges, t, side="right"), np.searchsorted(edges, at, side="right")
+    here, there = reference.wandered(t, factor), reference.wandered(at, factor)
     after = np.searchsorted(at, t)
     for near in (after - 1, after):
         row = np.clip(near, 0, len(at) - 1)
-        there = (near >= 0) & (near < len(at)) & (theirs[row] == mine)
-        reach = beyond[row] + wander * np.abs(t - at[row])
-        result = np.where(there, np.minimum(result, reach), result)
+        is_reached = (near >= 0) & (near < len(at)) & (theirs[row] == mine)
+        result = np.where(is_reached, np.minimum(result, beyond[row] + np.abs(here - there[row])), result)
     return result
 
 

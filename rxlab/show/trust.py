@@ -13,7 +13,9 @@ import numpy as np
 import xarray as xr
 
 from rxlab.dataset import effects, stats
+from rxlab.dataset.twohosts import facts_of
 from rxlab.show.style import MINUS, microseconds
+from rxlab.show.text import twohost_lines
 from rxlab.stages import STATUSES
 
 GOOD, INFO, WARN, BAD, NONE = "good", "info", "warn", "bad", "none"
@@ -22,6 +24,7 @@ TESTBED_WARNING = "testbed: not transferable to a NIC"
 RECORDED_NOTE = "recorded data, not this machine"
 WORKLOAD_LATENCIES = ("one_way_latency", "round_trip_latency")
 MAX_DRIFT_SPAN = 0.5  # an interval of the drift wider than this says nothing, neither yes nor no
+MAX_ABSENT = 0.01  # share of received packets that the sender's capture may lack
 CONFOUNDED = 0.6  # share of the runs' order that their configurations explain: shuffled runs have less
 
 
@@ -143,6 +146,7 @@ def trust_panel(
             _blind(traced),
             _bytes(traced),
         ]
+        checks += _two_hosts(traced)
     checks += [_counters(traced), _overhead(overhead), _restored(runs)]
     return checks
 
@@ -333,6 +337,19 @@ def _clock(runs: Sequence[AnalysedRun]) -> Check:
     worst = max(bounds)
     state = NONE if not np.isfinite(worst) else GOOD if worst <= 1000 and "unknown" not in places else WARN
     return Check("Clocks", state, f"error bound ±{worst:.0f} ns; capture stamps taken at: {', '.join(places)}")
+
+
+def _two_hosts(runs: Sequence[AnalysedRun]) -> list[Check]:
+    """Return what is known of the way from the sender, of runs that were analysed with its capture."""
+    checks = []
+    for run in runs:
+        if "twohosts" not in run.tree.children:
+            continue
+        found = facts_of(run.tree)
+        absent = found["forward"]["packets"]["absent"] / max(sum(found["forward"]["packets"].values()), 1)
+        state = WARN if found["flags"] or absent > MAX_ABSENT or found["width_median_ns"] is None else GOOD
+        checks.append(Check(f"Sender's capture, {run.path.name}", state, "; ".join(twohost_lines(found))))
+    return checks
 
 
 def _blind(runs: Sequence[AnalysedRun]) -> Check:
