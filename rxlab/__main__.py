@@ -449,7 +449,7 @@ def _usage(error: Any) -> int:
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()
         return int(error.exit_code)
-    message = " ".join(error.format_message().split()).rstrip(".")
+    message = " ".join(error.format_message().split()).rstrip(".?")
     context = getattr(error, "ctx", None)
     hint = f". Try '{context.command_path} --help'." if context is not None else ""
     print(f"rxlab: {message}{hint}", file=sys.stderr)

@@ -465,7 +465,7 @@ def _analyze_recordings(
     iface: str | None,
 ) -> dict[str, Any]:
     """Analyse a perf.data and a capture made elsewhere, whose clocks are found from the packets."""
-    from rxlab.dataset.run import analyze_recordings
+    from rxlab.dataset.elsewhere import analyze_recordings
     from rxlab.follow.verify import verify_join
 
     if path is not None or not perf or not pcap:

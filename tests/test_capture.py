@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import re
 import stat
 import struct
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +25,7 @@ from rxlab.record import pcaprecord, perfrecord, runfolder
 from rxlab.record.capture import capture
 from rxlab.record.pcaprecord import PcapRecorder
 from rxlab.record.perfrecord import PerfRecorder, count_lost, filter_of, split_events
-from rxlab.record.recording import Recording
+from rxlab.record.recording import DEFAULT_MIN_FREE, Recording
 from rxlab.record.spinner import start_spinners, stop_spinners
 from rxlab.record.workload import Workload
 from rxlab.rundir import write_json
@@ -543,6 +545,31 @@ def test_a_disk_too_small_is_said_before_the_start(tmp_path: Path, transaction: 
     with pytest.raises(CaptureError, match="the disk has no room for this: found .* MB free, expected"):
         capture(tmp_path / "deep" / "run", iface="lo", duration=1, min_free=1 << 60, transaction=transaction)
     assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "needs"),
+    [
+        # 60 s of 2,000 messages a second, 4.5 kB each.
+        ({"workload": Workload(mode="open", rate=2000, messages=None, duration=60)}, 500),
+        ({"workload": Workload(mode="open", rate=2000, messages=None, duration=60), "max_size": 20_000_000}, 20),
+        ({"duration": 60}, 60),
+    ],
+)
+def test_a_run_that_would_not_fit_is_refused_with_what_to_free(
+    options: dict[str, Any], needs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transaction: Any
+) -> None:
+    """It used to start, and to end early when the disk was full."""
+    monkeypatch.setattr(capturing, "check_tools", lambda *_: None)
+    rings = 100_000_000
+    monkeypatch.setattr(capturing, "ring_bytes", lambda *_: rings)
+    monkeypatch.setattr(runfolder.shutil, "disk_usage", lambda place: SimpleNamespace(free=DEFAULT_MIN_FREE + rings))
+    with pytest.raises(CaptureError) as refused:
+        capture(tmp_path / "run", iface="lo", idle="off", transaction=transaction, **options)
+    line = refused.value.line()
+    freed = int(re.search(r"Free ([0-9,]+) MB", line)[1].replace(",", ""))
+    assert needs <= freed <= 1.3 * needs
+    assert list(tmp_path.glob("run")) == []
 
 
 def test_a_disk_that_gets_too_full_ends_the_run_early(

@@ -12,8 +12,9 @@ import pytest
 
 from rxlab.errors import CaptureError, HostSettingError, UsageError
 from rxlab.host.access import HostAccess
-from rxlab.record import cluster
+from rxlab.record import cluster, runfolder
 from rxlab.record.cluster import RESOURCE, Block, held_settings, nic_workers, record_block, shared_hosts
+from rxlab.record.recording import DEFAULT_MIN_FREE
 from rxlab.record.spec import Spec, parse_spec
 from rxlab.record.sweep import check_held
 from rxlab.rundir import HOST_JSON, RUN_JSON, write_json
@@ -108,3 +109,12 @@ def test_the_hosts_name_is_the_one_in_host_json() -> None:
     """Blocks are told apart by it: what Python calls the machine must be what the snapshot calls it."""
     with HostAccess(None) as access:
         assert access.read("proc/sys/kernel/hostname").strip() == HERE
+
+
+def test_a_sweep_too_large_for_the_shared_folder_asks_no_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runfolder.shutil, "disk_usage", lambda place: SimpleNamespace(free=DEFAULT_MIN_FREE + 1000))
+    with pytest.raises(CaptureError, match=r"no room for this: found 268 MB free.* Free [0-9]+ MB"):
+        cluster.record_on_cluster(spec(), tmp_path / "out", SimpleNamespace(), testbed=True)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []

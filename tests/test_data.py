@@ -6,15 +6,21 @@ import hashlib
 import random
 import re
 import shutil
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from rxlab.dataset.run import join_recordings, open_run
-from rxlab.errors import TruncatedFileError, UsageError
+from rxlab.dataset import elsewhere
+from rxlab.dataset.elsewhere import join_recordings
+from rxlab.dataset.run import open_run, read_events
+from rxlab.errors import ClockError, TruncatedFileError, UsageError
 from rxlab.follow.clockfit import NAT
+from rxlab.follow.sametime import SLACK_NS, refuse_other_times
 from rxlab.follow.verify import calls_of_packets, read_app_log
+from rxlab.read.pcap import read_pcap
 from rxlab.rundir import APP_LOG_STRUCT
 from rxlab.show.life import run_packet_life
 from rxlab.stages import ATTRIBUTIONS, STAGE_INDEX
@@ -153,6 +159,57 @@ def test_recordings_without_clock_readings_are_joined_the_same(name: str) -> Non
     for frame, returned in zip(joined.packets["pcap_frame"].tolist(), joined.time[:, RECV].tolist(), strict=True):
         assert known.get(frame, returned) == returned
     assert (joined.time[:, RECV] != NAT).sum() >= 398
+
+
+@pytest.mark.parametrize("iface", [None, "rxd-39a11b"])
+def test_files_of_different_times_are_refused_as_such(iface: str | None) -> None:
+    """Also before the question which device it is; perf wrote how its clock stood to the wall clock."""
+    perf, pcap = DATA / "tcp-rps-on" / "perf.data", DATA / "udp-rps-on" / "rx.pcap"
+    # By the runs' own readings of the clocks, and by tshark.
+    run = open_run(DATA / "tcp-rps-on").run
+    began, frames = datetime.fromtimestamp(run["start_ns"] / 1e9, UTC), read_pcap(pcap)["time"]
+    with pytest.raises(ClockError) as refused:
+        join_recordings(perf, pcap, iface)
+    line = refused.value.line()
+    assert "the two files are of different times" in line
+    assert f"events {began:%Y-%m-%d %H:%M}:" in line
+    assert f"packets {datetime.fromtimestamp(frames[0] / 1e9, UTC):%Y-%m-%d %H:%M:%S}-" in line
+
+
+def test_files_whose_times_nobody_knows_are_refused_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the wall clock in it a recording tells its time by its last change alone, and a copy by nothing."""
+    stamp = read_pcap(DATA / "udp-rps-on" / "rx.pcap")
+    meta = {"first_ns": 5, "last_ns": 9, "clock": "CLOCK_MONOTONIC", "clockid": 1}
+    refuse_other_times(meta, int(stamp["time"].max()), stamp, "x")
+    refuse_other_times(meta, int(stamp["time"].min()) - SLACK_NS // 2, stamp, "x")
+    with pytest.raises(ClockError, match="different times: found perf.data written"):
+        refuse_other_times(meta, int(stamp["time"].min()) - 2 * SLACK_NS, stamp, "x")
+    during = {**meta, "clock": "CLOCK_REALTIME", "first_ns": int(stamp["time"][3]), "last_ns": int(stamp["time"][4])}
+    refuse_other_times(during, 0, stamp, "x")
+    before = {**during, "first_ns": 5, "last_ns": int(stamp["time"].min()) - 2 * SLACK_NS}
+    with pytest.raises(ClockError, match="different times: found events 1970-01-01 00:00:00-20"):
+        refuse_other_times(before, 0, stamp, "x")
+    # What perf noted of another clock says nothing of this one.
+    noted = {"clockid": 4, "wall_clock_ns": 0, "clockid_time_ns": 0}
+    refuse_other_times({**meta, "clock_data": noted}, int(stamp["time"].max()), stamp, "x")
+
+
+def test_the_device_that_was_found_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody says which one it is, and only one received packets: the other end's are taken out here."""
+    run = open_run(DATA / "udp-rps-off")
+    device = str(run.run["iface"])
+
+    def of_one_device(path: Path) -> SimpleNamespace:
+        perf = read_events(path)
+        receive = perf.events["net:netif_receive_skb"]
+        mine = np.flatnonzero(receive["name"] == receive.attrs["categories"]["name"].index(device))
+        events = {**perf.events, "net:netif_receive_skb": receive.take(mine)}
+        return SimpleNamespace(events=events, meta=perf.meta, lost=perf.lost)
+
+    monkeypatch.setattr(elsewhere, "read_events", of_one_device)
+    tree, joined = elsewhere.analyze_recordings(run.rundir.file("perf.data"), run.rundir.file("rx.pcap"))
+    assert tree.attrs["iface"] == device
+    assert joined.verdict == "trusted"
 
 
 class TestDamage:

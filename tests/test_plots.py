@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from rxlab.dataset import explain, stats, store
 from rxlab.errors import RxlabError
 from rxlab.show import plots
+from rxlab.show.style import told_apart
 from rxlab.stages import STAGE_INDEX, STAGE_NAMES
 
 
@@ -143,6 +144,14 @@ def test_pyplot_is_not_imported():
 )
 def test_durations_read_well(ns, text):
     assert plots.microseconds(ns) == text
+
+
+def test_durations_that_are_compared_read_unequal_where_they_are() -> None:
+    assert told_apart([23_012, 23_049.6, 41_000]) == ["23.01 µs", "23.05 µs", "41.00 µs"]
+    assert told_apart([23_012, 24_049, 41_000]) == ["23.0 µs", "24.0 µs", "41.0 µs"]
+    # The same is the same, and what differs by less than a nanosecond is not worth more digits.
+    assert told_apart([23_012, 23_012, float("nan")]) == ["23.0 µs", "23.0 µs", "-"]
+    assert told_apart([850.2, 850.4]) == ["850 ns", "850 ns"]
 
 
 def test_a_large_ratio_is_on_the_axis_and_an_unknown_interval_is_not_drawn():

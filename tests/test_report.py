@@ -336,6 +336,15 @@ def _started(runs, order):
     return [replace(untraced[at], run={**untraced[at].run, "start_ns": 10**9 * (n + 1)}) for n, at in enumerate(order)]
 
 
+def test_configurations_in_rank_order_read_unequal_where_they_are(tmp_path):
+    runs = make_runs(ratio=1.0004, reps=3, n=100, traced=False, settings=("0", "1", "2"), between=0.0001)
+    html = write_report(runs, tmp_path / "r.html").read_text()
+    table = html[html.index("Configurations in rank order") :]
+    medians = re.findall(r'<td data-v="([0-9.]+)">([0-9.]+ µs)<br>', table[: table.index("</table>")])
+    assert len(medians) == 3
+    assert len({text for _, text in medians}) == len({value for value, _ in medians}) == 3
+
+
 def test_shares_of_different_packets_say_of_which(runs):
     traced = runs[5]
     coverage = traced.tree["coverage"].to_dataset().copy(deep=True)

@@ -17,7 +17,8 @@ from rxlab.errors import CaptureError, FormatError, HostSettingError, RxlabError
 from rxlab.host.access import HostAccess
 from rxlab.record import runfolder
 from rxlab.record import spec as specs
-from rxlab.record.plan import Estimate, check_disk, estimate, plan_lines
+from rxlab.record.estimate import Estimate
+from rxlab.record.plan import check_disk, estimate, plan_lines
 from rxlab.record.recording import DEFAULT_MIN_FREE
 from rxlab.record.spec import SPECS, check_host, load_spec, parse_spec, plan_spec
 from rxlab.record.specrun import record_spec

@@ -29,7 +29,6 @@ from rxlab.dataset.largerun import (
 from rxlab.dataset.store import build, open_dataset, read_app_logs, save
 from rxlab.dataset.twohosts import compare_with_sender
 from rxlab.errors import ClockError, FormatError, RxlabError, TruncatedFileError, UsageError
-from rxlab.follow.align import align_recordings
 from rxlab.follow.clockfit import ClockMap, fit_constant
 from rxlab.follow.crossfit import RAW_CLOCK, fit_nic, fit_raw
 from rxlab.follow.join import Joined, join
@@ -366,10 +365,10 @@ def refuse_nameless(perf: PerfData, path: Path) -> None:
     nameless = [name for name in perf.meta["samples_per_event"] if name.startswith("tracepoint:")]
     if perf.meta.get("truncated") and nameless:
         raise TruncatedFileError(
-            "the recording is cut before its event formats, so its events cannot be decoded",
+            "the recording is cut before its event formats",
             where=str(path),
-            found="; ".join(perf.meta.get("warnings") or []) or "it ends early",
-            do="Record again; rxlab.read_perfdata(path, local_formats=True) reads it on the kernel that recorded it.",
+            found=(perf.meta.get("warnings") or ["it ends early"])[0],
+            do="Record again, or read_perfdata(path, local_formats=True) where it was recorded.",
         )
 
 
@@ -462,36 +461,3 @@ def machine_of(run: dict[str, Any], host: dict[str, Any]) -> Machine:
     queues = described.get("queues") or []
     irqs = {int(queue["queue"]): int(queue["irq"]) for queue in queues if queue.get("irq") is not None}
     return Machine(iface, frozenset(macs - {0}), frozenset(addresses), irqs)
-
-
-def join_recordings(perf: str | os.PathLike[str], pcap: str | os.PathLike[str], iface: str | None = None) -> Joined:
-    """Join a perf.data and a capture that came without clock readings: recordings made elsewhere.
-
-    The clock map comes from the packets alone (:func:`rxlab.follow.align.align_recordings`), with its bound, or is refused.
-
-    Raises
-    ------
-    ClockError
-        Packets and events cannot be matched without guessing.
-    """
-    events, packets = read_events(Path(perf)), read_pcap(Path(pcap))
-    clock_name = str(events.meta.get("clock") or "")
-    clock, iface, macs = align_recordings(events.events, packets, iface=iface, perf_clock=clock_name)
-    lost = sum(events.lost["count"].tolist())
-    damage = damage_of(events.meta, packets.attrs, packets.n)
-    return join(events.events, packets, clock, Machine(iface, macs), lost=lost, lost_records=events.lost, damage=damage)
-
-
-def analyze_recordings(
-    perf: str | os.PathLike[str],
-    pcap: str | os.PathLike[str],
-    iface: str | None = None,
-    out: str | os.PathLike[str] | None = None,
-) -> tuple[xr.DataTree, Joined]:
-    """Join recordings made elsewhere and lay the result out as labelled data; what their host was like is not known."""
-    joined = join_recordings(perf, pcap, iface)
-    run = {"arm": "elsewhere", "iface": iface or "", "command": [], "status": "complete"}
-    tree = build(joined, run=run, host={})
-    if out is not None:
-        save(tree, out)
-    return tree, joined

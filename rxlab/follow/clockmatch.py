@@ -271,8 +271,7 @@ def refuse_reversed(x: np.ndarray, e: np.ndarray, envelope: Envelope) -> None:
     if REVERSED * turned < envelope.typical_bound_ns:
         raise ClockError(
             "the stamps follow the events they are matched with",
-            found=f"the slowest packets lie within {turned:.0f} ns of a curve, the fastest within "
-            f"{envelope.typical_bound_ns:.0f} ns",
+            found=f"slowest packets within {turned:.0f} ns of a curve, fastest within {envelope.typical_bound_ns:.0f} ns",
             do="Match with an event that follows the stamp, or exchange both sides.",
         )
 
@@ -306,7 +305,7 @@ def _refuse_losses(
     if min(shares) > MAX_LOSS_BOTH or max(shares) > MAX_LOSS or shares[0] * shares[1] > MAX_COINCIDENCE:
         raise ClockError(
             "too many packets are missing to match two clocks",
-            found=f"{shares[0]:.2%} of the packets without event and {shares[1]:.2%} of the events without packet, at random",
+            found=f"{shares[0]:.2%} of the packets and {shares[1]:.2%} of the events have no partner",
             expected=f"at most {MAX_LOSS:.0%} on one side, {MAX_LOSS_BOTH:.1%} on both, {MAX_LOSS:.0%} with {MAX_COINCIDENCE / MAX_LOSS:.2%}",
             do=REMEDY,
         )

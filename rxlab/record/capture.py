@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -24,6 +25,7 @@ from rxlab.host.journal import Transaction, apply
 from rxlab.host.phc import PtpClock
 from rxlab.host.topology import local_identity, snapshot_host
 from rxlab.host.undo import noted_interrupts
+from rxlab.record.estimate import estimate_run
 from rxlab.record.flowsample import event_filters as sampled_events
 from rxlab.record.flowsample import packet_filter
 from rxlab.record.functionrecord import FunctionRecorder
@@ -213,7 +215,9 @@ def capture(
     check_tools(recording)
     dst = testbed.dst if testbed is not None else endpoint_of(iface, netns)
     if min_free:
-        check_space(Path(out), ring_bytes(pages_within(pages, max_size)) if recording.events else 0, min_free)
+        expected = min(estimate_run(load, recording.arm, duration).bytes, max_size or sys.maxsize)
+        rings = ring_bytes(pages_within(pages, max_size)) if recording.events else 0
+        check_space(Path(out), expected + rings, min_free)
     run = first_record(recording, dst, testbed, load, duration)
     run |= {"configuration": dict(configuration or {}), "sweep": dict(sweep) if sweep else None}
     own = apply() if transaction is None else nullcontext(transaction)

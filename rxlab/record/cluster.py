@@ -23,6 +23,7 @@ from rxlab.host.idlecheck import idle_task_is_blind
 from rxlab.host.journal import apply
 from rxlab.host.kinds import HOST_WIDE, KINDS, normal_key
 from rxlab.host.settings import parse_settings
+from rxlab.record.plan import check_disk
 from rxlab.record.ports import open_testbed
 from rxlab.record.spec import Spec, check_host
 from rxlab.record.specrun import check_resume
@@ -189,6 +190,8 @@ def record_on_cluster(
         A block failed; the others are stopped after their current run.
     """
     check_resume(out, resume)
+    # The workers write into this folder, wherever they are.
+    check_disk(out, spec.workload, spec.cells())
     shared = shared_hosts(nic_workers(client))
     content = {
         "configurations": spec.configurations,

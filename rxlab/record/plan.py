@@ -4,45 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rxlab.host.kinds import HOST_WIDE, KINDS, normal_key
+from rxlab.record.estimate import Estimate, estimate_run
 from rxlab.record.ports import captured_port
 from rxlab.record.runfolder import check_space
 from rxlab.record.spec import Spec
 from rxlab.record.sweep import Cell, complete_run, split_configuration, with_fields
 from rxlab.record.workload import Command, Workload
 
-# What a plan is reckoned with, from the runs of data/ (two virtual CPUs); it is printed as "about". A traced run also holds
-# what the rest of the machine did meanwhile.
-ROUND_TRIP_SECONDS = 120e-6
-RUN_SECONDS = {"untraced": 1.3, "pcap": 2.2, "min": 3.5, "std": 3.5, "full": 4.0}
-RUN_BYTES = {"untraced": 150_000, "pcap": 160_000, "min": 800_000, "std": 1_200_000, "full": 1_800_000}
-BYTES_PER_SECOND = {"untraced": 0, "pcap": 0, "min": 500_000, "std": 1_000_000, "full": 1_500_000}
-BYTES_PER_MESSAGE = {"untraced": 100, "pcap": 400, "min": 2_500, "std": 4_500, "full": 6_500}
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a run is expected to take."""
-
-    seconds: float
-    bytes: int
-
 
 def estimate(workload: Workload | Command | None, cell: Cell) -> Estimate:
-    """Reckon the duration and the size of one run; a command's are not known and count as one second of nothing."""
-    load = with_fields(workload, split_configuration(cell.configuration)[1])
-    start = RUN_SECONDS[cell.arm]
-    if not isinstance(load, Workload):
-        return Estimate(start + 1.0, RUN_BYTES[cell.arm] + BYTES_PER_SECOND[cell.arm])
-    per_second = load.rate if load.mode == "open" else load.flows / ROUND_TRIP_SECONDS
-    limits = [load.messages * load.flows / per_second] if load.messages else []
-    seconds = min([*limits, *([load.duration] if load.duration else [])])
-    per_run = RUN_BYTES[cell.arm] + seconds * (BYTES_PER_SECOND[cell.arm] + per_second * BYTES_PER_MESSAGE[cell.arm])
-    return Estimate(start + seconds, int(per_run))
+    """Reckon the duration and the size of one run of a plan (:func:`rxlab.record.estimate.estimate_run`)."""
+    return estimate_run(with_fields(workload, split_configuration(cell.configuration)[1]), cell.arm)
 
 
 def check_disk(folder: Path, workload: Workload | Command | None, cells: Iterable[Cell]) -> None:

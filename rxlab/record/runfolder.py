@@ -42,7 +42,7 @@ def check_space(out: Path, needed: int, keep: int = DEFAULT_MIN_FREE) -> None:
             where=str(out),
             found=f"{free / 1e6:,.0f} MB free",
             expected=f"about {needed / 1e6:,.0f} MB, and {keep / 1e6:,.0f} MB that stay free",
-            do="Free some, choose a folder on another disk, or record less (--messages, --duration, --reps).",
+            do=f"Free {(needed + keep - free) / 1e6:,.0f} MB, take another disk, or record less (--messages, --duration, --reps).",
         )
 
 

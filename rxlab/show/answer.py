@@ -17,7 +17,7 @@ from rxlab.dataset import aggregate, effects, explain, stats
 from rxlab.dataset.stats import BETTER, CANNOT_TELL, WORSE, Comparison
 from rxlab.show.again import repeating_command
 from rxlab.show.costs import compare_cost
-from rxlab.show.style import MINUS, microseconds, quantile_words
+from rxlab.show.style import MINUS, microseconds, quantile_words, told_apart
 from rxlab.show.trust import AnalysedRun, workload_differences
 
 # The workload's own latencies, the one nearest to the receive path first.
@@ -222,7 +222,7 @@ def comparison_words(comparison: Comparison) -> str:
         said = f"interval not known: the runs differ too much among themselves; {runs}"
     else:
         said = f"{runs}: no interval"
-    return f"{microseconds(comparison.a)} → {microseconds(comparison.b)}, {percent(comparison.ratio)} ({said})"
+    return f"{' → '.join(told_apart([comparison.a, comparison.b]))}, {percent(comparison.ratio)} ({said})"
 
 
 def give_answer(groups: Mapping[str, Sequence[AnalysedRun]], pairs: Sequence[Pair], metric: str | None) -> Answer:

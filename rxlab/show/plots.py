@@ -41,6 +41,7 @@ from rxlab.show.style import (
     ratio_ticks,
     row_height,
     styled,
+    told_apart,
     wrapped,
 )
 from rxlab.show.style import microseconds as microseconds
@@ -216,7 +217,7 @@ def plot_comparison(
                 axes.plot(at, line, mark, color=colour, clip_on=False, markersize=9)
         axes.plot(c.ratio, line, "o", color=colour, markersize=8, markeredgecolor="white")
         axes.annotate(
-            f"{microseconds(c.a)} → {microseconds(c.b)}, {c.verdict}",
+            f"{' → '.join(told_apart([c.a, c.b]))}, {c.verdict}",
             (1.01, line),
             xycoords=("axes fraction", "data"),
             va="center",

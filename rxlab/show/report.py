@@ -21,7 +21,7 @@ from rxlab.dataset import effects
 from rxlab.errors import RxlabError
 from rxlab.show import answer, costs, evidence, trust
 from rxlab.show.redact import Redactor
-from rxlab.show.style import microseconds
+from rxlab.show.style import microseconds, told_apart
 from rxlab.show.trust import AnalysedRun
 from rxlab.stages import STAGES
 
@@ -164,6 +164,7 @@ def _context(
         "comparison_words": answer.comparison_words,
         "workload_rows": evidence.workload_rows(groups, metric),
         "ranks": ranks,
+        "rank_texts": told_apart([one.estimate.value for one in ranks]),
         "effects": found,
         "part_rows": evidence.part_rows(groups, pairs),
         "recording": evidence.recording_rows(groups, metric),

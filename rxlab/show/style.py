@@ -6,7 +6,7 @@ Colours are Okabe and Ito's (told apart by colour-blind readers and in grey prin
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -113,16 +113,26 @@ def keep_ticks_apart(figure: Figure, axes: Axes) -> None:
     axes.set_xlim(low, high)
 
 
-def microseconds(ns: float) -> str:
-    """Return a duration as text with three significant digits: ``850 ns``, ``12.3 µs``, ``4.56 ms``."""
+def microseconds(ns: float, more: int = 0) -> str:
+    """Return a duration as text with three significant digits, or `more`: ``850 ns``, ``12.3 µs``, ``4.56 ms``."""
     if not np.isfinite(ns):
         return "-"
     for limit, scale, unit in ((1e3, 1, "ns"), (1e6, 1e3, "µs"), (1e9, 1e6, "ms"), (np.inf, 1e9, "s")):
         if abs(ns) < limit * 0.9995:
             value = ns / scale
-            digits = 0 if unit == "ns" or abs(value) >= 100 else 1 if abs(value) >= 10 else 2
-            return f"{value:.{digits}f} {unit}"
+            digits = more + (0 if unit == "ns" or abs(value) >= 100 else 1 if abs(value) >= 10 else 2)
+            return f"{value:.{0 if unit == 'ns' else digits}f} {unit}"
     raise AssertionError("unreachable: the last limit is infinite")
+
+
+def told_apart(values: Sequence[float]) -> list[str]:
+    """Return durations that are compared, as text: with up to three digits more where unequal ones would read equal."""
+    unequal = len({ns for ns in values if np.isfinite(ns)})
+    for more in range(4):
+        texts = [microseconds(ns, more) for ns in values]
+        if len({text for text, ns in zip(texts, values, strict=True) if np.isfinite(ns)}) == unequal:
+            break
+    return texts
 
 
 def quantile_words(quantile: float) -> str:

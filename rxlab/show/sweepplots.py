@@ -25,6 +25,7 @@ from rxlab.show.style import (
     ratio_ticks,
     row_height,
     styled,
+    told_apart,
     wrapped,
 )
 
@@ -110,6 +111,7 @@ def plot_ranks(
     """Draw configurations in rank order with their intervals; green: cannot be told from the fastest."""
     names = wrapped(one.label for one in ranks)
     figure, axes = new_axes(8.2, row_height(names, 0.34) * len(ranks) + 1.2)
+    medians = told_apart([one.estimate.value for one in ranks])
     for line, one in enumerate(ranks):
         colour = GREEN if one.first == 1 else GREY
         if np.isfinite(one.estimate.low):
@@ -117,7 +119,7 @@ def plot_ranks(
         axes.plot(one.estimate.value / 1e3, line, "o", color=colour, markersize=7, markeredgecolor="white")
         place = f"rank {one.first}" if one.first == one.last else f"rank {one.first} to {one.last}"
         axes.annotate(
-            f"{microseconds(one.estimate.value)}, {place}",
+            f"{medians[line]}, {place}",
             (1.01, line),
             xycoords=("axes fraction", "data"),
             va="center",

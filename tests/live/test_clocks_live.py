@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rxlab.dataset.run import Run, join_recordings, open_run
+from rxlab.dataset.elsewhere import join_recordings
+from rxlab.dataset.run import Run, open_run
 from rxlab.follow.clockfit import NAT, fit_constant
 from rxlab.follow.envelope import fit_envelope
 from rxlab.host.clockread import read_clocks
