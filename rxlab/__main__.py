@@ -449,9 +449,10 @@ def _usage(error: Any) -> int:
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()
         return int(error.exit_code)
-    message = " ".join(error.format_message().split()).rstrip(".?")
+    message = " ".join(error.format_message().split()).rstrip(".")
     context = getattr(error, "ctx", None)
-    hint = f". Try '{context.command_path} --help'." if context is not None else ""
+    stop = "" if message.endswith("?") else "."
+    hint = f"{stop} Try '{context.command_path} --help'." if context is not None else ""
     print(f"rxlab: {message}{hint}", file=sys.stderr)
     return int(error.exit_code)
 

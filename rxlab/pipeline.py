@@ -415,6 +415,7 @@ def analyze_run(
     from rxlab.dataset.twohosts import analyze_two_captures, facts_of
 
     if out is not None:
+        rundir.check_folder(Path(out))
         rundir.check_out(Path(out), lambda begin: begin.startswith(b"\x89HDF"))
     if clock_error is not None and sender_pcap is None:
         raise UsageError("--clock-error is about two hosts' clocks", expected="--sender-pcap FILE")

@@ -86,3 +86,10 @@ def test_who_meets_the_stand_in_for_scipys_linear_algebra_gets_the_real_one() ->
     code += "print(type(found).__name__, len(found.__pyx_capi__) > 100); "
     code += "manager.__exit__(None, None, None); import scipy.stats; print(scipy.stats.norm.cdf(0))"
     assert run(code) == "_DeferredBlas True\n0.5"
+
+
+def test_without_a_folder_for_the_cache_kernels_are_compiled_in_memory() -> None:
+    """As with an installation of root's and no home: Numba finds no place, which was a traceback at import."""
+    code = "from numba.core import caching; caching.CacheImpl._locator_classes = []; "
+    code += "from rxlab.read import words, flows, compiler; " + COUNT + "print(counts.tolist())"
+    assert run(code) == "[0, 0, 1]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import subprocess
@@ -111,6 +112,23 @@ def test_a_comparison_that_would_not_fit_on_the_disk_makes_nothing(
     assert len(lines) == 1
     assert f"{out}: the disk has no room for this" in lines[0]
     assert not out.exists()
+
+
+def test_a_wrong_command_is_answered_with_a_question_and_no_stop_behind_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, (line,) = run_main(monkeypatch, capsys, "analize", "x")
+    assert status == 2
+    assert re.search(r"Did you mean 'analyze'\? Try '.* --help'\.$", line)
+
+
+def test_a_missing_folder_is_said_before_the_analysis(
+    repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pipeline, "open_run", lambda *_, **__: pytest.fail("it was analysed first"))
+    out = tmp_path / "nodir" / "x.nc"
+    status, lines = run_main(monkeypatch, capsys, "analyze", str(repo / "data" / "tcp-rps-on"), "-o", str(out))
+    assert (status, lines) == (2, [f"rxlab: {out}: no folder for this file: found no {out.parent}. Make it first."])
 
 
 def test_help_and_no_arguments_print_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -273,7 +291,9 @@ def test_an_older_result_is_replaced(tmp_path: Path) -> None:
 
 def test_an_output_that_cannot_be_written_is_called_by_its_name(tmp_path: Path) -> None:
     run = Path(__file__).parents[1] / "data" / "tcp-rps-on"
-    with pytest.raises(RxlabError, match=r"missing/x\.nc: cannot be written: found No such file or directory"):
+    with pytest.raises(RxlabError, match=r"missing/x\.nc: no folder for this file"):
         pipeline.analyze_run(run, out=tmp_path / "missing" / "x.nc")
+    with pytest.raises(RxlabError, match="^/proc/x.nc: cannot be written: found "):
+        pipeline.analyze_run(run, out="/proc/x.nc")
     with pytest.raises(UsageError, match="a folder is here"):
         pipeline.analyze_run(run, out=tmp_path)

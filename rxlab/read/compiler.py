@@ -68,10 +68,14 @@ class _CompiledFirst(FunctionCache):
 
 
 def njit(function: Callable | None = None, *, cache: bool = False, **options: Any) -> Any:
-    """Compile a function as ``numba.njit`` does, but start from the cache without filling Numba's tables."""
+    """Compile a function as ``numba.njit`` does, but start from the cache without filling Numba's tables.
+
+    Where no folder for a cache may be written (an installation of root's, and no home of one's own), each process compiles anew.
+    """
     if function is None:
         return lambda function: njit(function, cache=cache, **options)
     dispatcher: Any = numba.njit(function, **options)
     if cache:  # as Dispatcher.enable_caching() does
-        dispatcher._cache = _CompiledFirst(function)
+        with contextlib.suppress(RuntimeError):  # Numba's "no locator available"
+            dispatcher._cache = _CompiledFirst(function)
     return dispatcher

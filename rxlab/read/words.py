@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
-from numba import config, njit, types
+from numba import config, types
 from numba.extending import intrinsic
+
+from rxlab.read.compiler import njit
 
 
 def _big_endian_load(size):

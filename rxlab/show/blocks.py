@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
+
+from rxlab.read.compiler import njit
 
 NONE = np.iinfo(np.int64).min  # no latency: the stage was the first one seen
 BLOCK_BYTES = 64  # an enhanced packet block without packet and comment, its options and padding included

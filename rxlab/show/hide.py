@@ -13,8 +13,8 @@ import ipaddress
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from rxlab.read.compiler import njit
 from rxlab.read.headers import (
     ETH_IPV4,
     ETH_IPV6,

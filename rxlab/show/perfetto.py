@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
-from numba import njit
 
 from rxlab.dataset import schema
 from rxlab.errors import RxlabError
+from rxlab.read.compiler import njit
 from rxlab.show.blocks import Words, put_word
 from rxlab.stages import ORDER, PATH_KINDS, STAGE_INDEX, STAGE_NAMES, STATUSES
 

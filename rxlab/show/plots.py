@@ -228,7 +228,7 @@ def plot_comparison(
     ratio_ticks(axes, edge)
     axes.set_yticks(range(len(comparisons)), [quantile_words(c.quantile) for c in comparisons])
     axes.grid(axis="y", visible=False)
-    (label,) = wrapped([f"latency of {b} against {a} (left: {b} is faster)"], width=100)
+    (label,) = wrapped([f"latency of {b} against {a} (left: {b} is faster)"], width=84)
     axes.set_xlabel(label)
     axes.set_title(title)
     keep_ticks_apart(figure, axes)
