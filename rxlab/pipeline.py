@@ -141,10 +141,8 @@ def demo(
 def _demo_on_recorded(folder: Path, say: Callable[[str], None]) -> Path:
     """Analyse copies of the recorded runs and report on them."""
     recorded = recorded_runs()
-    for source in recorded:
-        target = folder / source.path.name
-        shutil.copytree(source.path, target)
-    return _analyze_and_report([folder / source.path.name for source in recorded], folder, say, recorded=True)
+    copies = [Path(shutil.copytree(source.path, folder / source.path.name)) for source in recorded]
+    return _analyze_and_report(copies, folder, say, recorded=True)
 
 
 def recorded_runs() -> list[Run]:

@@ -117,7 +117,7 @@ def test_a_comparison_that_would_not_fit_on_the_disk_makes_nothing(
 def test_a_wrong_command_is_answered_with_a_question_and_no_stop_behind_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status, (line,) = run_main(monkeypatch, capsys, "analize", "x")
+    status, (line,) = run_main(monkeypatch, capsys, "analyse", "x")
     assert status == 2
     assert re.search(r"Did you mean 'analyze'\? Try '.* --help'\.$", line)
 

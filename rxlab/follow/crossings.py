@@ -86,8 +86,8 @@ def match_captures(sender: Columns, receiver: Columns, received: np.ndarray | No
         raise ClockError(
             "the two captures have no packets in common",
             found=f"{len(pairs[0])} of {sender.n:,} and {receiver.n:,} packets",
-            expected="one conversation, captured on both hosts at the same time",
-            do="Check that both files are of the same run, and that no proxy lies in between.",
+            expected="one conversation, captured on both hosts",
+            do="Give two files of one run, with no proxy in between.",
         )
     flow_there = _flows_in_common(there, here, *pairs)
     is_pair = flow_there[here.flow[pairs[1]]] == there.flow[pairs[0]]

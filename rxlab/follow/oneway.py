@@ -282,9 +282,9 @@ def _compatible(reference: Reference, sides: list[tuple[np.ndarray, np.ndarray]]
             break
     raise ClockError(
         "the packets of both directions contradict each other",
-        found=f"{counts[0]:,} of {len(sides[0][0]):,} to the receiver and {counts[1]:,} of {len(sides[1][0]):,} to the sender "
-        "would have arrived before they left",
-        do="Was a clock stepped, or was one direction stamped by the NIC? Then cut the capture at the step, or capture with one kind of stamps.",
+        found=f"{counts[0]:,} of {len(sides[0][0]):,} to the receiver and {counts[1]:,} of {len(sides[1][0]):,} back "
+        "arrived before they left",
+        do="Cut the captures where a clock was stepped; have both directions stamped alike.",
     )
 
 
@@ -350,9 +350,9 @@ def _refuse_wrong_claim(bounds: OffsetBounds, clock_error: int) -> None:
         low, high = (f"{int(one[row]):,}" if one[row] != NAT else "?" for one in (least, largest))
         raise ClockError(
             "the clocks are further apart than they are said to be",
-            found=f"the receiver's clock is between {low} and {high} ns ahead of the sender's, by the packets",
+            found=f"the receiver's {low} to {high} ns ahead, by the packets",
             expected=f"at most {clock_error:,} ns",
-            do="Leave --clock-error out: the packets then bound the difference alone.",
+            do="Leave --clock-error out: the packets alone bound the difference.",
         )
 
 
