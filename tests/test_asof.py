@@ -14,6 +14,14 @@ ROWS = st.lists(
 )
 
 
+def loop(rank: int, group: list[int], rows: list[list[int]], inclusive: bool) -> tuple[int, int]:
+    """Return the last row before a rank and the first after it in a group."""
+    same = [(row[0], i) for i, row in enumerate(rows) if row[1:] == group]
+    earlier = [(r, i) for r, i in same if r < rank or (inclusive and r == rank)]
+    later = [(r, i) for r, i in same if r > rank or (inclusive and r == rank)]
+    return max(earlier)[1] if earlier else -1, min(later)[1] if later else -1
+
+
 @given(rows=ROWS, wanted=ROWS, inclusive=st.booleans(), spread=st.sampled_from([1, 40, 10**12]))
 def test_agrees_with_a_loop(
     rows: list[tuple[int, int, int]], wanted: list[tuple[int, int, int]], inclusive: bool, spread: int
@@ -24,12 +32,33 @@ def test_agrees_with_a_loop(
     index = AsOf(table[:, 0], table[:, 1], table[:, 2])
     before = index.last_before(look[:, 0], look[:, 1], look[:, 2], inclusive=inclusive)
     after = index.first_after(look[:, 0], look[:, 1], look[:, 2], inclusive=inclusive)
-    for (rank, *group), found_before, found_after in zip(look.tolist(), before.tolist(), after.tolist(), strict=True):
-        same = [(r, i) for i, (r, *g) in enumerate(table.tolist()) if g == group]
-        earlier = [(r, i) for r, i in same if r < rank or (inclusive and r == rank)]
-        later = [(r, i) for r, i in same if r > rank or (inclusive and r == rank)]
-        assert found_before == (max(earlier)[1] if earlier else -1)
-        assert found_after == (min(later)[1] if later else -1)
+    expected = [loop(rank, group, table.tolist(), inclusive) for rank, *group in look.tolist()]
+    assert list(zip(before.tolist(), after.tolist(), strict=True)) == expected
+
+
+@given(
+    rows=ROWS, wanted=ROWS, inclusive=st.booleans(), is_one=st.booleans(), in_order=st.booleans(),
+    dtypes=st.tuples(*[st.sampled_from([np.int16, np.int32, np.int64])] * 2),
+)  # fmt: skip
+def test_one_number_agrees_with_a_loop(
+    rows: list[tuple[int, int, int]], wanted: list[tuple[int, int, int]], inclusive: bool, is_one: bool, in_order: bool, dtypes: tuple[type, type],
+) -> None:  # fmt: skip
+    """Rows by one number of any width; where all have the same, and are in order, nothing is laid out."""
+    table = [[rank, 2 if is_one else group] for rank, group, _ in (sorted(rows) if in_order else rows)]
+    look = [[rank, group] for rank, group, _ in wanted]
+    ranks, groups = (np.array([row[at] for row in table], np.int64) for at in (0, 1))
+    wanted_ranks, wanted_groups = (np.array([row[at] for row in look], np.int64) for at in (0, 1))
+    index, of = AsOf(ranks, groups.astype(dtypes[0])), wanted_groups.astype(dtypes[1])
+    before, after = (
+        index.last_before(wanted_ranks, of, inclusive=inclusive),
+        index.first_after(wanted_ranks, of, inclusive=inclusive),
+    )
+    expected = [loop(rank, group, table, inclusive) for rank, *group in look]
+    assert list(zip(before.tolist(), after.tolist(), strict=True)) == expected
+    for group in range(-3, 5):
+        mine = sorted((rank, i) for i, (rank, one) in enumerate(table) if one == group)
+        assert index.rows_of(np.array([group])).tolist() == [i for _, i in mine]
+        assert index.ranks_of(np.array([group])).tolist() == [rank for rank, _ in mine]
 
 
 def test_many_groups_in_any_order_agree_with_a_sorted_search() -> None:

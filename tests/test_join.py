@@ -214,7 +214,9 @@ def test_the_entries_of_the_calls_tell_readers_of_one_socket_apart(
         )  # fmt: skip
         joined = run(world)
         assert not wrong(joined, world).any()
-        doubtful.append(int((~joined.packets["trusted"]).sum()))
+        doubtful.append(int((joined.packets["status"] == STATUSES.index("ambiguous")).sum()))
+        assert joined.gates["anchors"]["contested"] == doubtful[-1]
+        assert (joined.verdict == "degraded") == any("either's" in reason for reason in joined.reasons)
     assert 0 < doubtful[1] < at_most * doubtful[0]
 
 

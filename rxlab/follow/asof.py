@@ -5,11 +5,13 @@ Ranks are positions in the recording's global order (time, CPU, file offset), so
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from rxlab.read.compiler import njit
 
-_MOST = np.iinfo(np.int64).max
+_LEAST, _MOST = np.iinfo(np.int64).min, np.iinfo(np.int64).max
 # Groups whose numbers lie so close together (CPUs, mostly) are counted in a table instead of a hash.
 _CLOSE = 1_024
 _NO_TABLE = np.empty(0, np.int64)
@@ -34,41 +36,47 @@ class AsOf:
 
     def __init__(self, rank: np.ndarray, *groups: np.ndarray) -> None:
         self._rank = np.ascontiguousarray(rank, np.int64)
-        self._tables: list[_Table] = []
         n = len(self._rank)
-        code, size = np.zeros(n, np.int64), 1
-        for group in groups:
-            table = _Table.of(group)
-            self._tables.append(table)
-            table.add_to(code, group)
-            size *= table.size
+        self._tables = [_Table.of(group) for group in groups]
         self._pairs: _Table | None = None
-        if size > max(_CLOSE, 2 * n) and len(groups) > 1:
+        size = math.prod(table.size for table in self._tables)
+        if len(groups) > 1 and size > max(_CLOSE, 2 * n):
             # Of all combinations few occur.
-            self._pairs = _Table.of(code)
-            code, combined = np.zeros(n, np.int64), code
-            self._pairs.add_to(code, combined)
+            self._pairs = _Table.of(self._combined(groups, n))
             size = self._pairs.size
-        number = np.int32 if n <= np.iinfo(np.int32).max else np.int64
+        self._size, number = size, np.int32 if n <= np.iinfo(np.int32).max else np.int64
+        if len(groups) == 1 and size == 1 and _is_in_order(self._rank):
+            # One group, and its rows lie as they are to lie.
+            self._start, self._order, self._key = np.array([0, n]), np.empty(0, number), self._rank
+            return
         self._start, self._order, self._key = np.empty(size + 1, np.int64), np.empty(n, number), np.empty(n, np.int64)
-        if not _lay_out(self._rank, code, _NO_TABLE, self._start, self._order, self._key):
+        code, low = self._codes(groups, n)
+        if not _lay_out(self._rank, code, low, _NO_TABLE, self._start, self._order, self._key):
             by_rank = np.argsort(self._rank, kind="stable")
-            _lay_out(self._rank, code, by_rank, self._start, self._order, self._key)
+            _lay_out(self._rank, code, low, by_rank, self._start, self._order, self._key)
 
     def _find(self, rank: np.ndarray, groups: tuple[np.ndarray, ...], add: int, back: int) -> np.ndarray:
         """Return the row at (`back` 1: before) each look-up row's first place not below ``rank + add`` in its group."""
-        code, found = self._codes(groups, len(rank)), np.empty(len(rank), np.int64)
-        _search(np.ascontiguousarray(rank, np.int64), code, self._start, self._key, self._order, add, back, found)
+        code, low = self._codes(groups, len(rank))
+        found = np.empty(len(rank), np.int64)
+        _search(np.ascontiguousarray(rank, np.int64), code, low, self._start, self._key, self._order, add, back, found)
         return found
 
-    def _codes(self, groups: tuple[np.ndarray, ...], n: int) -> np.ndarray:
-        """Return the code of the group of each of `n` look-up rows, -1 where it never occurs."""
-        code = np.zeros(n, np.int64)
-        for table, group in zip(self._tables, groups, strict=True):
-            table.add_to(code, group)
+    def _codes(self, groups: tuple[np.ndarray, ...], n: int) -> tuple[np.ndarray, int]:
+        """Return numbers, and what to take from each for the code of the group of each of `n` rows; no code where it never occurs."""
+        if len(groups) == 1 and self._tables[0].is_near:
+            return _as_signed(groups[0]), self._tables[0].low
+        code = self._combined(groups, n)
         if self._pairs is not None:
             code, combined = np.zeros(n, np.int64), code
             self._pairs.add_to(code, combined)
+        return code, 0
+
+    def _combined(self, groups: tuple[np.ndarray, ...], n: int) -> np.ndarray:
+        """Return one number for the groups of each row, -1 where one of them never occurs."""
+        code = np.zeros(n, np.int64)
+        for table, group in zip(self._tables, groups, strict=True):
+            table.add_to(code, group)
         return code
 
     def last_before(self, rank: np.ndarray, *groups: np.ndarray, inclusive: bool = False) -> np.ndarray:
@@ -81,15 +89,17 @@ class AsOf:
 
     def rows_of(self, *group: np.ndarray) -> np.ndarray:
         """Return the rows of one group (each number in an array of one) in order of rank."""
-        return self._order[self._of(group)]
+        rows = self._of(group)
+        return self._order[rows] if len(self._order) else np.arange(rows.start, rows.stop)
 
     def ranks_of(self, *group: np.ndarray) -> np.ndarray:
         """Return the ranks of one group's rows, in order."""
         return self._key[self._of(group)]
 
     def _of(self, group: tuple[np.ndarray, ...]) -> slice:
-        code = int(self._codes(group, 1)[0])
-        return slice(*self._start[code : code + 2].tolist()) if code >= 0 else slice(0, 0)
+        number, low = self._codes(group, 1)
+        code = int(number[0]) - low
+        return slice(*self._start[code : code + 2].tolist()) if 0 <= code < self._size else slice(0, 0)
 
     def rank_of(self, row: np.ndarray, missing: int) -> np.ndarray:
         """Return the rank of each found row, `missing` where none was found."""
@@ -102,21 +112,31 @@ class _Table:
     def __init__(self, low: int, size: int, keys: np.ndarray, slots: np.ndarray) -> None:
         self.low, self.size, self.keys, self.slots = low, size, keys, slots
 
+    @property
+    def is_near(self) -> bool:
+        """Whether the code of a number is its distance from the lowest."""
+        return not len(self.keys)
+
     @classmethod
     def of(cls, numbers: np.ndarray) -> _Table:
         """Return the table of some numbers."""
-        numbers = _as_int64(numbers)
+        numbers = _as_signed(numbers)
         if not len(numbers):
             return cls(0, 0, _NO_TABLE, _NO_TABLE)
         low, high = int(numbers.min()), int(numbers.max())
         if high - low < max(_CLOSE, 2 * len(numbers)):
             return cls(low, high - low + 1, _NO_TABLE, _NO_TABLE)
-        keys, slots, size = _hashed(numbers)
+        keys, slots, size = _hashed(_as_int64(numbers))
         return cls(0, int(size), keys, slots)
 
     def add_to(self, code: np.ndarray, numbers: np.ndarray) -> None:
         """Make each code one of (code, number), -1 where the number does not occur."""
         _combine(code, _as_int64(numbers), self.low, self.size, self.keys, self.slots)
+
+
+def _as_signed(numbers: np.ndarray) -> np.ndarray:
+    """Return integers of 32 bits as they are, others as int64."""
+    return np.ascontiguousarray(numbers) if numbers.dtype == np.int32 else _as_int64(numbers)
 
 
 def _as_int64(numbers: np.ndarray) -> np.ndarray:
@@ -206,17 +226,28 @@ def _combine(code, numbers, low, size, keys, slots):
 
 
 @njit(cache=True, nogil=True)
-def _lay_out(rank, code, by_rank, start, order, key):
+def _is_in_order(rank):
+    """Tell whether no rank is below the one before it."""
+    last = _LEAST
+    for one in rank:
+        if one < last:
+            return False
+        last = one
+    return True
+
+
+@njit(cache=True, nogil=True)
+def _lay_out(rank, code, low, by_rank, start, order, key):
     """Lay the rows of each group together, in the order they come or `by_rank`; tell whether their ranks are in order then."""
     start[:] = 0
     for one in code:
-        start[one + 1] += 1
+        start[one - low + 1] += 1
     for group in range(1, len(start)):
         start[group] += start[group - 1]
     fill = start[:-1].copy()
     for i in range(len(rank)):
         row = by_rank[i] if len(by_rank) else i
-        group = code[row]
+        group = code[row] - low
         at = fill[group]
         if at > start[group] and key[at - 1] > rank[row]:
             return False
@@ -260,16 +291,17 @@ def _places(keys, wanted, add, found):
 
 
 @njit(cache=True, nogil=True)
-def _search(rank, code, start, key, order, add, back, found):
+def _search(rank, code, low, start, key, order, add, back, found):
     """See :meth:`AsOf._find`."""
     cursor = start.copy()
+    high = low + len(start) - 1
     for i in range(len(rank)):
-        group = code[i]
         found[i] = -1
-        if group < 0 or rank[i] < 0:
+        if code[i] < low or code[i] >= high or rank[i] < 0:
             continue
+        group = code[i] - low
         first, end, want = start[group], start[group + 1], min(rank[i], _MOST - 1) + add
         cursor[group] = outward(key, first, end, want, cursor[group])
         at = cursor[group] - back
         if first <= at < end and key[at] >= 0:
-            found[i] = order[at]
+            found[i] = order[at] if len(order) else at

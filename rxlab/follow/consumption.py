@@ -87,6 +87,8 @@ class Consumption:
         The socket that data_ready named, 0: none.
     is_silent : bool array
         A datagram that was surely queued, without data_ready.
+    is_contested : bool array
+        A datagram that either of several readers may have taken: their calls overlapped.
     """
 
     first_copy: np.ndarray
@@ -100,6 +102,7 @@ class Consumption:
     socket: np.ndarray
     fed: np.ndarray
     is_silent: np.ndarray
+    is_contested: np.ndarray
 
     @classmethod
     def blank(cls, n: int, copies: Columns, receives: Columns) -> Consumption:
@@ -108,6 +111,7 @@ class Consumption:
         return cls(
             none, none.copy(), none.copy(), np.zeros(n, bool), copies, receives, np.zeros(n, bool),
             np.full(copies.n, -1, np.int64), np.zeros(n, np.uint64), np.zeros(n, np.uint64), np.zeros(n, bool),
+            np.zeros(n, bool),
         )  # fmt: skip
 
 

@@ -273,7 +273,7 @@ def _join_reader(
     copies, receives = taken.copies, taken.receives
     rows.set_stage("copy", copies, taken.first_copy)
     rows.set_stage("recvmsg", receives, taken.receive)
-    tid = pick(receives["tid"].astype(np.int64), taken.receive, -1)
+    tid = pick(receives["tid"], taken.receive, -1).astype(np.int64)
     copy_rank, recv_rank = rows.rank[:, STAGE_INDEX["copy"]], rows.rank[:, STAGE_INDEX["recvmsg"]]
     consumed = np.where(copy_rank >= 0, copy_rank, recv_rank)
     consumed_at = np.where(copy_rank >= 0, rows.time[:, STAGE_INDEX["copy"]], rows.time[:, STAGE_INDEX["recvmsg"]])

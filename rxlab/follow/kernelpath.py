@@ -51,9 +51,11 @@ class KernelPath(StageTable):
 
     def first_event(self) -> np.ndarray:
         """Return each skb's earliest event on the CPU that received it, int64 ns; never one after RPS."""
-        names = ("hardirq", "softirq_raise", "softirq", "driver_rx", "netif_receive_skb")
-        times = self.time[:, [STAGE_INDEX[name] for name in names]]
-        return np.where(times == NAT, _NEVER, times).min(axis=1)
+        first = np.full(len(self.time), _NEVER)
+        for name in ("hardirq", "softirq_raise", "softirq", "driver_rx", "netif_receive_skb"):
+            time = self.time[:, STAGE_INDEX[name]]
+            np.minimum(first, np.where(time == NAT, _NEVER, time), out=first)
+        return first
 
     def select(self, row: np.ndarray) -> KernelPath:
         """Return the given skbs."""

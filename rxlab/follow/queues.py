@@ -244,6 +244,7 @@ def _consume_queue(
     result.is_behind[queue.packet] = behind & queue.is_first
     in_doubt = (np.cumsum(doubt)[:-1] > 0) & (result.receive[queue.packet] < 0)
     result.anchors_disagree[queue.packet] |= in_doubt | crossed
+    result.is_contested[queue.packet] |= crossed
 
 
 def _bounded(

@@ -111,7 +111,7 @@ def _last_read(rows: StageTable, socket: np.ndarray, receives: Columns, hidden: 
     steered, time = rows.rank[:, at], rows.time[:, at]
     if not receives.n or "sk" not in receives:
         return np.full(len(steered), -1, np.int16)
-    index = AsOf(receives["rank"], receives["sk"].astype(np.uint64))
-    call = index.last_before(np.where(socket > 0, steered, -1), socket.astype(np.uint64))
+    index = AsOf(receives["rank"], receives["sk"].astype(np.uint64, copy=False))
+    call = index.last_before(np.where(socket > 0, steered, -1), socket.astype(np.uint64, copy=False))
     call = np.where(hidden.touch(pick(receives["time"], call, NAT), time), -1, call)
     return pick(receives["cpu"], call, -1).astype(np.int16)

@@ -38,7 +38,7 @@ class Tally:
     ----------
     counts : dict of str to int
         ``data`` packets, those ``counted``, ``flagged``, ``matched``, ``excused`` (not matched: perf says that it lost events there),
-        ``outside``, ``in_doubt``; those of any that are flagged
+        ``outside``, ``in_doubt``, ``contested`` (:class:`rxlab.follow.consumption.Consumption`); those of any that are flagged
         (``doubted``) and have a ``certain`` reader all the same; and violations by gate.
     coverage : Columns, dims (stage,)
     on_wire, copied : int64 arrays, dims (flow,)
@@ -87,6 +87,7 @@ class Tally:
             "doubted": data & flagged,
             "certain": data & flagged & columns["trusted"],
             "in_doubt": mine & taken.anchors_disagree,
+            "contested": mine & taken.is_contested & has_status(status, ("ambiguous",)),
             "order": mine & has_status(status, ("negative",)),
             "ports": mine & _wrong_ports(columns, flows, evidence),
             "calls": mine & _misfit_calls(columns, taken, evidence.largest_call),
@@ -191,7 +192,11 @@ def give_verdict(
         "order": _violations(counts["order"]),
         "ports": _violations(counts["ports"]),
         # Rows whose stream or queue position is in doubt are flagged each; only many of them say that the run is.
-        "anchors": {"ok": counts["in_doubt"] <= MAX_FLAGGED * n, "violations": counts["in_doubt"]},
+        "anchors": {
+            "ok": counts["in_doubt"] <= MAX_FLAGGED * n,
+            "violations": counts["in_doubt"],
+            "contested": counts["contested"],
+        },
         "calls": _violations(counts["calls"]),
         "bytes": gates.byte_sums(tally.on_wire, tally.copied, tally.is_tcp),
         "lost": _violations(lost),
@@ -221,6 +226,10 @@ def give_verdict(
         failed = [name for name, gate in told.items() if not gate["ok"]]
         verdict = "degraded" if failed or damage else "trusted"
         reasons = [f"{name}: {told[name]['violations']} violations" for name in failed]
+    if verdict == "degraded" and counts["contested"]:
+        reasons.append(
+            f"{counts['contested']} datagrams may be either's of several readers of their socket, whose calls overlapped"
+        )
     if verdict == "degraded":
         reasons += doubt_text(counts["doubted"], counts["certain"], tally.coverage)
     return told, verdict, reasons + list(damage)
@@ -254,7 +263,7 @@ def _misfit_calls(packets: Columns, taken: Consumption, largest: int) -> np.ndar
     claimed = taken.receive >= 0
     if not taken.receives.n:
         return claimed
-    returned = pick(taken.receives["ret"].astype(np.int64), taken.receive, 0)
+    returned = pick(taken.receives["ret"], taken.receive, 0).astype(np.int64)
     is_udp, length = claimed & (packets["proto"] == UDP), packets["payload_len"]
     # A short buffer cuts datagrams to its own size, the largest that any call returns.
     misfit = is_udp & ((returned > length) | ((returned < length) & (returned < returned[is_udp].max(initial=largest))))

@@ -36,6 +36,8 @@ class Row:
     complete, hidden, flagged, checked, misjoined : int
         Data packets followed to the reader; not shown by perf; not trusted for another cause; compared with the truth; joined
         to another call than the truth, or called dropped although they were read.
+    contested : int
+        Of those not trusted: may be either's of several readers of one socket.
     excluded : int
         Frames of any kind that perf did not show.
     lost_share : float
@@ -57,6 +59,7 @@ class Row:
     hidden: int = 0
     excluded: int = 0
     flagged: int = 0
+    contested: int = 0
     checked: int = 0
     misjoined: int = 0
     verdict: str = ""
@@ -95,6 +98,7 @@ def judged(scenario: Scenario, state: str, out: Path) -> Row:
     row.excluded = int(np.isin(names, HIDDEN).sum())
     row.hidden = int((counted & np.isin(names, HIDDEN)).sum())
     row.flagged = result["flagged"] - row.hidden
+    row.contested = joined.gates["anchors"]["contested"]
     row.checked, row.misjoined, row.verdict = result["checked"], result["misjoined"] or 0, result["verdict"]
     row.lost_share, row.blind_tasks = lost_share(run), joined.gates["blind"].get("tasks", {})
     if scenario.proto == "udp":  # a datagram called dropped was looked for in the log too

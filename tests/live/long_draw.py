@@ -184,12 +184,15 @@ def shortfalls(rows: Rows, options: argparse.Namespace) -> list[str]:
     for row in rows:
         groups.setdefault(f"{row['scenario']}, {row['state']}", []).append(row)
     for name, group in groups.items():
-        total = {key: sum(row[key] for row in group) for key in ("checked", "complete", "packets", "hidden")}
+        total = {
+            key: sum(row[key] for row in group) for key in ("checked", "complete", "packets", "hidden", "contested")
+        }
         complete = total["complete"] / max(total["packets"] - total["hidden"], 1)
         if total["checked"] < options.packets:
             short.append(f"{name}: {total['checked']:,} checked")
         if complete < COMPLETE:
-            short.append(f"{name}: {complete:.5f} complete")
+            missing = total["packets"] - total["hidden"] - total["complete"]
+            short.append(f"{name}: {complete:.5f} complete; readers contest {total['contested']} of {missing} missing")
         excluded = sum(row["excluded"] for row in group) / max(sum(row["frames"] for row in group), 1)
         if excluded > HIDDEN:
             short.append(f"{name}: {excluded:.2%} not shown by perf")
