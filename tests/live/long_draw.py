@@ -3,9 +3,9 @@
     sudo .venv/bin/python tests/live/long_draw.py OUT [--seconds S] [--only TEXT] [--state STATE] [--packets N]
     sudo .venv/bin/python tests/live/long_draw.py OUT --lossy
 
-The first takes EXPECTED_DRAW on two quiet cores, the second EXPECTED_LOSSY. Each recording is judged before the next one is
-made (a judge beside it would take a core from the traffic), its row goes to OUT/rows.jsonl, and it is removed if no judge holds
-anything against it and it is complete. What brought too few checked packets is recorded again, as often and as long as it
+The first takes a quarter of an hour on two quiet cores (a hundred runs, 21 minutes in recording and 1 in judging where other work
+kept both cores busy), the second two minutes. Each recording is judged before the next one is made (a judge beside it would take
+a core from the traffic), its row goes to OUT/rows.jsonl, and it is removed if no judge holds anything against it and it is complete. What brought too few checked packets is recorded again, as often and as long as it
 needs. A second call goes on where the first one stopped; ``--seconds`` ends it after that long.
 
 ``--lossy``: perf's ring buffers are so small that it loses events. Then no run may be trusted, and of the packets still trusted
