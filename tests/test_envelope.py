@@ -269,6 +269,7 @@ def test_bound_is_honest_and_not_idle() -> None:
             sine=rng.choice([0.0, rng.uniform(0, 1_500)]),
             ramp=rng.choice([0.0, rng.uniform(-20, 20)]),
             quantum=int(rng.choice([1, 8, 64])),
+            step=int(rng.choice([0, 0, 37 * SECOND])),
         )
         found = fit_envelope(stamp, event)
         error = errors_of(found, arrival, event, true)

@@ -75,6 +75,7 @@ def test_two_files_without_readings_give_the_same_pairs(tmp_path: Path, testbed:
 
 @pytest.mark.skipif(os.environ.get("RXLAB_LONG") != "1", reason="on demand: RXLAB_LONG=1")
 def test_bound_on_a_recording_nobody_has_seen(tmp_path: Path, testbed: Testbed, journal: Transaction) -> None:
+    is_quiet = os.getloadavg()[0] < 1.5
     joined = record(tmp_path / "run", testbed, journal, 60_000).joined
     event = joined.time[:, STAGE_INDEX["softirq_raise"]]
     rows = np.flatnonzero((event != NAT) & (joined.packets["pcap_frame"] > 0))
@@ -104,8 +105,8 @@ def test_bound_on_a_recording_nobody_has_seen(tmp_path: Path, testbed: Testbed, 
         f"{len(errors)} judged, every packet within in {np.mean(within):.4f}, median of the largest errors {np.median(errors):.0f}, "
         f"of the bounds {np.median(bounds):.0f} ns"
     )
-    # On a loaded machine some floors move, and are flagged; on a quiet one hardly any.
-    assert len(errors) >= 60
+    # On a loaded machine floors move, and are flagged (15 to 100 % were not); on a quiet one hardly any.
+    assert len(errors) >= (120 if is_quiet else 20)
     assert np.mean(within) >= 0.99
-    # An error of a few ns is as good as none: perf's clock and the stamps have steps of that size.
+    # Both clocks of the guests this was written on go in steps of 10 ns: a smaller error is as good as none.
     assert np.median(bounds) <= 3 * max(np.median(errors), 10.0)
