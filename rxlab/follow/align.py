@@ -234,16 +234,18 @@ def _fit(path: KernelPath, stamp: np.ndarray, pairs: Pairs, is_rigid: bool) -> C
             knots = np.unique(np.concatenate([upper.knots, -lower.knots]))
         high, low = upper.offset_at(knots), -lower.offset_at(-knots)
         # The shape comes from the side with the denser floor, the level from between both.
-        shape, side = (high, upper) if upper.bound_ns <= lower.bound_ns else (low, lower)
+        shape, side = (high, upper) if upper.typical_bound_ns <= lower.typical_bound_ns else (low, lower)
+        # One constant is the middle of the curve, and the ends may swing.
+        own = side.typical_bound_ns if is_rigid else side.bound_ns
         curve = shape + int(np.median((high + low) // 2 - shape))
-        bound = float(np.maximum(high - curve, curve - low).max()) + side.bound_ns
+        bound = float(np.maximum(high - curve, curve - low).max()) + own
         segment = np.zeros(len(knots), np.int64) if len(upper.start_event) == 1 else upper.segment
         flags = side.flags
         for _, _, other_upper, other_lower in possible[1:]:
             # Steady delays let the stamp lie at either place, an offset apart: the bound covers both.
             flags = (*side.flags, "ambiguous_position")
             away = np.maximum(other_upper.offset_at(knots) - curve, curve + other_lower.offset_at(-knots))
-            bound = max(bound, float(away.max()) + side.bound_ns)
+            bound = max(bound, float(away.max()) + own)
         laid = replace(upper, knots=knots, segment=segment, flags=flags)
         return _clock_map(laid, curve, bound, position, "brackets", is_rigid)
     first = _earliest(path, pairs.event)
