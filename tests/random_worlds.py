@@ -18,11 +18,13 @@ def random_world(seed: int, n: int = 2000, **fixed: Any) -> tuple[Recipe, World]
     """
     rng = np.random.default_rng(seed)
     recipe = replace(Recipe(seed=seed, n=n, **_drawn(rng, n)), **fixed)
-    while True:
-        world = simulate(**vars(recipe))
-        if not _used_twice(recipe, world):
-            return recipe, world
-        recipe = replace(recipe, n_addresses=4 * recipe.n_addresses)
+    world, n_addresses = simulate(**vars(recipe)), recipe.n_addresses
+    while _used_twice(n_addresses, world):
+        n_addresses *= 4
+    if n_addresses == recipe.n_addresses:
+        return recipe, world
+    recipe = replace(recipe, n_addresses=n_addresses)
+    return recipe, simulate(**vars(recipe))
 
 
 def _drawn(rng: np.random.Generator, n: int) -> dict[str, Any]:
@@ -67,9 +69,9 @@ def _drawn(rng: np.random.Generator, n: int) -> dict[str, Any]:
     return recipe
 
 
-def _used_twice(recipe: Recipe, world: World) -> bool:
+def _used_twice(n_addresses: int, world: World) -> bool:
     """Tell whether an skb address was given to a packet while another that had it was not yet read."""
     stages = world.truth["stages"]
     born = stages[:, STAGE_INDEX["driver_rx"]]
     gone = np.maximum(stages[:, STAGE_INDEX["netif_receive_skb"]], world.truth["returned"])
-    return bool((np.maximum.accumulate(gone)[: -recipe.n_addresses] > born[recipe.n_addresses :]).any())
+    return bool((np.maximum.accumulate(gone)[:-n_addresses] > born[n_addresses:]).any())

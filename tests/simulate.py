@@ -322,8 +322,9 @@ class _Readers:
         self.inside: set[int] = set()  # tasks that went to sleep in a receive call
         self.waiting, self.aside = [0] * self.n_sockets, [0] * self.n_sockets
         self.blind: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        for cpu, first, last in told.blind:
+        for cpu, first, last in sorted(told.blind):
             self.blind[cpu].append((START + FIRST + first, START + FIRST + last))
+        self.serves = [[s for s in range(self.n_sockets) if task in self._tasks(s)] for task in self.asleep]
         self.heap: list[tuple[int, int, int, int]] = []
         for task in self.asleep:
             self._switch(START, task, out=True)
@@ -406,7 +407,7 @@ class _Readers:
         self.queues[socket].extend(members)
         self.waiting[socket] += 1
         if self.told.behind and not self.told.is_tcp and self.waiting[socket] > 1:
-            self.log.rows["sock:sk_data_ready"].remove(waker.lives.pop("data_ready"))
+            waker.lives.pop("data_ready")["_is_absent"] = True
             return
         sleeping = [task for task in self._tasks(socket) if task in self.asleep]
         if not sleeping:
@@ -429,14 +430,14 @@ class _Readers:
 
     def _not_blind(self, time: int, length: int, task: int) -> int:
         """Return when a reader can run on its CPU for some time: at the last instant of a blind window, if not now."""
-        for first, last in sorted(self.blind[1 + task]):
+        for first, last in self.blind[1 + task]:
             if first - length < time < last:
                 time = last - 1
         return time
 
     def _work(self, now: int, task: int) -> None:
         """Make one receive call, or go to sleep."""
-        waiting = sum(len(queue) for queue in self.queues)
+        waiting = sum(len(queue) for queue in self.queues) if self.told.blind else 0
         free = self._not_blind(now, 70_000 + 700 * waiting, task)
         if free > now:
             # The blind task takes its CPU; the switch back is not seen. A datagram that was there is the reader's since it first ran.
@@ -448,7 +449,7 @@ class _Readers:
             self._push(free + 500, 1, task)
             return
         ran = self.ran.pop(task, None)
-        mine = [s for s in range(self.n_sockets) if task in self._tasks(s) and self.queues[s]]
+        mine = [s for s in self.serves[task] if self.queues[s]]
         if not mine:
             if not self.told.polling:
                 self._enter(now - 100, task, stays=True)
@@ -456,9 +457,7 @@ class _Readers:
                 self._switch(now, task, out=True)
             elif self.left:
                 self._enter(now - 100, task)
-                self._return(
-                    now + 600, task, next(s for s in range(self.n_sockets) if task in self._tasks(s)), EAGAIN, 0
-                )
+                self._return(now + 600, task, self.serves[task][0], EAGAIN, 0)
                 self._push(now + 600 + self.told.work_ns, 1, task)
             return
         socket, tcp = mine[0], self.told.is_tcp
@@ -613,55 +612,61 @@ def _switch_around(log: _Log, cpu: int, first: int, last: int) -> None:
         )
 
 
+_TYPES = {**dict.fromkeys(("skbaddr", "skaddr", "sk", "csd", "func"), np.uint64), "cpu": np.int32, "next_comm": "S16"}
+
+
 def _columns(log: _Log, rng: np.random.Generator, told: Recipe) -> tuple[dict[str, Columns], Columns]:
     """Order all events by (time, CPU), remove what the impairments hide, and lay them out as the reader would.
 
-    Also returns the LOST records: the kernel writes one just after the stamp of the first sample that found room again, and
-    counts what was lost at the very end nowhere but in the sum.
+    Also returns the LOST records.
     """
     for cpu, first, last in told.blind:
         _switch_around(log, cpu, START + FIRST + first, START + FIRST + last)
-    rows = [(row["time"], row["cpu"], name, row) for name, entries in log.rows.items() for row in entries]
-    order = np.lexsort(([row[1] for row in rows], [row[0] for row in rows]))
-    events: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    groups = [(name, [row for row in rows if "_is_absent" not in row]) for name, rows in log.rows.items()]
+    everything = [row for _, rows in groups for row in rows]
+    time, cpu = (np.array([row[key] for row in everything], np.int64) for key in ("time", "cpu"))
+    order = np.lexsort((cpu, time))
+    kept, lost = _kept(time[order], cpu[order], rng.random(len(order)), told)
+    rank = np.full(len(order), -1)
+    rank[order[kept]] = np.arange(kept.sum())
+    columns, at = {}, 0
+    attrs = {"categories": {"name": ["eth0"]}, "symbols": {"reason": {DROP_REASON: "SOCKET_RCVBUFF"}}}
+    for name, rows in groups:
+        of_rows, at = rank[at : at + len(rows)], at + len(rows)
+        mine = np.flatnonzero(of_rows >= 0)
+        seen = [rows[row] for row in mine[np.argsort(of_rows[mine])].tolist()]
+        for row in seen:
+            row["_kept"] = True
+        if seen:
+            keys = [key for key in seen[0] if key != "_kept"]
+            arrays = {key: np.array([row[key] for row in seen], _TYPES.get(key)) for key in keys}
+            columns[name] = Columns({**arrays, "rank": np.sort(of_rows[mine])}, attrs)
+    return columns, lost
+
+
+def _kept(time: np.ndarray, cpu: np.ndarray, chance: np.ndarray, told: Recipe) -> tuple[np.ndarray, Columns]:
+    """Tell which events, in order, are in the recording, and return its LOST records.
+
+    The kernel writes one just after the stamp of the first sample that found room again, and counts what was lost at the very end
+    nowhere but in the sum.
+    """
+    kept = np.ones(len(time), bool)
+    for number, first, last in told.blind:
+        kept &= ~((cpu == number) & (first <= time - START - FIRST) & (time - START - FIRST < last))
     losing: dict[int, int] = defaultdict(int)
     records: list[tuple[int, int, int]] = []
     share, burst = told.lost_share, told.lost_burst
     enter, leave = (min(1.0, share / (1 - share) / burst), 1 / burst) if burst > 1 else (share, 1 - share)
-    chance = rng.random(len(rows)).tolist()
-    rank = 0
-    for number, at in enumerate(order):
-        time, cpu, name, row = rows[at]
-        if any(one == cpu and first <= time - START - FIRST < last for one, first, last in told.blind):
-            continue
-        if share and (chance[number] >= leave if losing[cpu] else chance[number] < enter):
-            losing[cpu] += 1
-            continue
-        if losing[cpu]:
-            records.append((time + 40, cpu, losing.pop(cpu)))
-        row["_kept"] = True
-        events[name].append({**row, "rank": rank})
-        rank += 1
-    types = {
-        "skbaddr": np.uint64,
-        "skaddr": np.uint64,
-        "sk": np.uint64,
-        "csd": np.uint64,
-        "func": np.uint64,
-        "cpu": np.int32,
-    }
-    columns = {}
-    for name, entries in events.items():
-        arrays = {}
-        for key in entries[0]:
-            if not key.startswith("_"):
-                dtype = types.get(key) if key != "next_comm" else "S16"
-                arrays[key] = np.array([entry[key] for entry in entries], dtype)
-        columns[name] = Columns(
-            arrays, {"categories": {"name": ["eth0"]}, "symbols": {"reason": {DROP_REASON: "SOCKET_RCVBUFF"}}}
-        )
+    if share:
+        seen = (np.flatnonzero(kept), time[kept], cpu[kept], chance[kept])
+        for at, when, number, one in zip(*(array.tolist() for array in seen), strict=True):
+            if one >= leave if losing[number] else one < enter:
+                losing[number] += 1
+                kept[at] = False
+            elif losing[number]:
+                records.append((when + 40, number, losing.pop(number)))
     rest = sum(losing.values())
     table = np.array(records + ([(-1, -1, rest)] if rest else []), np.int64).reshape(-1, 3)
     kind = np.where(table[:, 0] >= 0, b"LOST", b"LOST_SAMPLES").astype("S12")
     lost = Columns({"time": table[:, 0], "cpu": table[:, 1].astype(np.int32), "count": table[:, 2], "kind": kind})
-    return columns, lost
+    return kept, lost

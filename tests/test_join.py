@@ -339,6 +339,6 @@ class TestMutations:
         world = simulate(lost_share=0.3, n=600, n_addresses=64, mean_gap_ns=8_000)
         assert not wrong(run(world), world).any()
         nothing = np.empty((0, 4), np.int64)
-        silent = lambda events, lost, records: (NOTHING_HIDDEN, NOTHING_HIDDEN, nothing)  # noqa: E731
+        silent = lambda events, lost, records: (*[NOTHING_HIDDEN] * 3, nothing)  # noqa: E731
         monkeypatch.setattr(join_module, "hidden_windows", silent)
         assert wrong(run(world), world).any()

@@ -58,6 +58,14 @@ class Hidden:
         self._all = _merge(first, last)
         self._of = {int(c): _merge(first[cpu == c], last[cpu == c]) for c in np.unique(cpu)}
 
+    def of_cpus(self, cpus: np.ndarray) -> Hidden:
+        """Return the windows on some CPUs."""
+        mine = [(cpu, windows) for cpu, windows in self._of.items() if cpu in cpus]
+        if not mine:
+            return NOTHING_HIDDEN
+        number = np.concatenate([np.full(len(windows.first), cpu) for cpu, windows in mine])
+        return Hidden(number, *(np.concatenate([getattr(w, end) for _, w in mine]) for end in ("first", "last")))
+
     @property
     def any(self) -> bool:
         """Whether there is any window at all."""
@@ -87,7 +95,7 @@ NOTHING_HIDDEN = Hidden(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0
 
 def hidden_windows(
     events: Mapping[str, Columns], lost: int, records: Columns | None
-) -> tuple[Hidden, Hidden, np.ndarray]:
+) -> tuple[Hidden, Hidden, Hidden, np.ndarray]:
     """Find where events may be missing.
 
     Parameters
@@ -104,6 +112,8 @@ def hidden_windows(
         Lost and blind.
     lossy : Hidden
         Lost only.
+    unseen : Hidden
+        Lost, or between two switches of which the second is not from the task of the first, whatever explains that.
     blind : int64 array, dims (window, 4)
         The blind windows, as :func:`blind_windows` gives them.
     """
@@ -112,9 +122,10 @@ def hidden_windows(
 
 def combine_windows(
     lost: tuple[np.ndarray, np.ndarray, np.ndarray], blind: np.ndarray
-) -> tuple[Hidden, Hidden, np.ndarray]:
+) -> tuple[Hidden, Hidden, Hidden, np.ndarray]:
     """Return :func:`hidden_windows` from the windows of loss (CPU, first and last instant) and the blind windows."""
     lossy = Hidden(*lost)
+    unseen = Hidden(*(np.concatenate((one, blind[:, column])) for one, column in zip(lost, (0, 2, 3), strict=True)))
     # A break of the switch chain that a loss explains is no blindness.
     blind = blind[~lossy.touch(blind[:, 2], blind[:, 3], blind[:, 0])]
     cpu, first, last = lost
@@ -123,7 +134,7 @@ def combine_windows(
         np.concatenate((first, blind[:, 2] - BLIND_BEFORE_NS)),
         np.concatenate((last, blind[:, 3] + BLIND_AFTER_NS)),
     )
-    return hidden, lossy, blind
+    return hidden, lossy, unseen, blind
 
 
 def lost_windows(

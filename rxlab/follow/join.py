@@ -128,11 +128,11 @@ def join(
     refuse_without_packets(recorded)
     events = as_on_newer_kernels(events)
     received, flows = received_packets(packets, machine)
-    hidden, lossy, blind = hidden_windows(events, lost, lost_records)
+    hidden, lossy, unseen, blind = hidden_windows(events, lost, lost_records)
     times = [columns["time"] for columns in events.values() if columns.n]
     span = (min(int(time.min()) for time in times), max(int(time.max()) for time in times))
     part = Part(
-        events, {name for name in events if events[name].n}, span, received, hidden, lossy, blind,
+        events, {name for name in events if events[name].n}, span, received, hidden, lossy, unseen, blind,
         FlowsSoFar.nothing(flows.n), Earlier(Fed.nothing(), span[0]),
     )  # fmt: skip
     every = np.ones(received.n, bool)
@@ -160,7 +160,7 @@ def follow_part(part: Part, clock: ClockMap, machine: Machine) -> Followed:
     """Follow the packets of a part of a recording and give each a status."""
     events, received, lossy, known = part.events, part.received, part.lossy, part.known
     read = beside(receive_events, events, lossy)
-    path = follow_kernel(events, machine.iface, machine.irqs, lossy, part.hidden)
+    path = follow_kernel(events, machine.iface, machine.irqs, lossy, part.hidden, part.unseen)
     if known is not None:
         path = known.path.continued(path, events)
     stamp = clock.to_monotonic(received["time"])
@@ -168,7 +168,7 @@ def follow_part(part: Part, clock: ClockMap, machine: Machine) -> Followed:
     pairs = pair_packets(path, received, stamp, clock, lossy, before, part.place)
     skb = pairs.matched.event
     # Where events are missing, a pair that is not certain must not lend its skb's evidence to the packet.
-    certain = np.where(pairs.matched.ambiguous & lossy.any, -1, skb)
+    certain = np.where(pairs.is_uncertain, -1, skb)
     arrival = _arrivals(path, certain, received["directed_flow"], stamp - tolerance_of(clock))
     payload = np.maximum(received["payload_len"].astype(np.int64), 0)
     # Of a datagram in fragments only the one that completed it reaches a socket.

@@ -28,8 +28,8 @@ BIRTHS = (
     "net:napi_gro_receive_entry",
     "net:netif_receive_skb",
 )
-# In less than this no skb is read, freed and born again where one task is blind.
-LIFE_NS = 50_000
+# In less than this no blind task came and went: within its window a CPU delivers what other tasks do.
+WITHOUT_PAUSE_NS = 50_000
 _NEVER = np.iinfo(np.int64).max
 _EMPTY_TYPES = {"time": np.int64, "rank": np.int64, "cpu": np.int32, "pid": np.int32, "tid": np.int32}
 _EMPTY = Columns({name: np.empty(0, dtype) for name, dtype in _EMPTY_TYPES.items()})
@@ -119,6 +119,7 @@ def follow_kernel(
     irqs: Mapping[int, int] | None = None,
     lossy: Hidden = NOTHING_HIDDEN,
     hidden: Hidden = NOTHING_HIDDEN,
+    unseen: Hidden = NOTHING_HIDDEN,
 ) -> KernelPath:
     """Follow every skb that entered the stack on an interface up to ``sk_data_ready``.
 
@@ -133,8 +134,9 @@ def follow_kernel(
     lossy : Hidden
         Where events were lost: links that reach across are not made.
     hidden : Hidden
-        Lost or blind: nor are those of packets that RPS moved, which may be processed long after the softirq that moved them, and those
-        to a driver's event so long ago that an earlier life of the address may have had it.
+        Lost or blind: nor are those of packets that RPS moved, which may be processed long after the softirq that moved them.
+    unseen : Hidden
+        Where the switches alone say that something may be missing: links that take long and reach across are not made.
     """
     receive = on_device(event_columns(events, "net:netif_receive_skb"), iface)
     n = receive.n
@@ -146,10 +148,10 @@ def follow_kernel(
         path.columns = path.columns.with_columns(**{name: np.empty(0, np.int64) for name in _COLUMN_NAMES})
         return path
     end_of_life = beside(_end_of_life, receive["rank"], facts["skbaddr"], events)
-    driver = _link_driver(path, receive, events, iface, lossy, hidden)
+    driver = _link_driver(path, receive, events, iface, lossy, unseen)
     path.columns = path.columns.with_columns(end_rank=end_of_life(), **driver)
     entered = beside(_link_entry, path, events, irqs or {}, lossy, hidden)
-    _link_socket(path, events, lossy)
+    _link_socket(path, events, lossy, unseen)
     entered()
     return path
 
@@ -189,7 +191,7 @@ def _first_rank(events: list[tuple[np.ndarray, np.ndarray]], rank: np.ndarray, g
 
 
 def _link_driver(
-    path: KernelPath, receive: Columns, events: Mapping[str, Columns], iface: str, lossy: Hidden, hidden: Hidden
+    path: KernelPath, receive: Columns, events: Mapping[str, Columns], iface: str, lossy: Hidden, unseen: Hidden
 ) -> dict[str, np.ndarray]:
     """Link each skb to the event by which the driver handed it up; tells path kind, queue, hash and the stamp's window."""
     n = receive.n
@@ -203,6 +205,7 @@ def _link_driver(
     best = np.full(n, -1, np.int64)
     handed_over = np.full(n, NAT, np.int64)
     has_entry = event_columns(events, "net:netif_rx_entry").n > 0
+    unreceived = unseen.of_cpus(np.unique(everything["cpu"]))
     for name, label in (
         ("net:netif_rx", "backlog"),
         ("net:netif_rx_entry", "backlog"),
@@ -214,9 +217,10 @@ def _link_driver(
         index = AsOf(found["rank"], _field(found, "skbaddr", np.uint64))
         row = index.last_before(receive["rank"], address)
         rank = index.rank_of(row, -1)
-        # An earlier life of the address that nobody saw end would lend its own start.
-        since, until = pick(found["time"], row, NAT), receive["time"]
-        unclear = lossy.touch(since, until) | (hidden.touch(since, until) & (until - since > LIFE_NS))
+        # An earlier life of the address would lend its own start, where nobody saw that received nor the next one begin.
+        between = pick(found["time"], row, NAT), receive["time"]
+        unclear = unseen.of_cpus(np.unique(found["cpu"])).touch(*between) & unreceived.touch(*between)
+        unclear &= lossy.touch(*between) | (between[1] - between[0] > WITHOUT_PAUSE_NS)
         row = np.where((rank > previous) & ~unclear, row, -1)
         if name == "net:netif_rx":
             handed_over = pick(found["time"], row, NAT)
@@ -374,7 +378,7 @@ def _link_rps(path: KernelPath, events: Mapping[str, Columns], hidden: Hidden) -
         path.unset(stage, later)
 
 
-def _link_socket(path: KernelPath, events: Mapping[str, Columns], hidden: Hidden) -> None:
+def _link_socket(path: KernelPath, events: Mapping[str, Columns], *hidden: Hidden) -> None:
     """Link tcp_probe by (skbaddr, generation): it names socket and ports."""
     probes = event_columns(events, "tcp:tcp_probe")
     probe = np.full(len(path.rank), -1, np.int64)
@@ -382,7 +386,7 @@ def _link_socket(path: KernelPath, events: Mapping[str, Columns], hidden: Hidden
         index = AsOf(probes["rank"], _field(probes, "skbaddr", np.uint64))
         probe = index.first_after(path.rank[:, STAGE_INDEX["netif_receive_skb"]], path.columns["skbaddr"])
         probe = np.where(index.rank_of(probe, _NEVER) < path.columns["end_rank"], probe, -1)
-        probe = np.where(_touched(path, probes, probe, "netif_receive_skb", hidden), -1, probe)
+        probe = np.where(_touched(path, probes, probe, "netif_receive_skb", *hidden), -1, probe)
     path.set_stage("tcp_rcv", probes, probe)
     path.columns = path.columns.with_columns(
         socket=pick(_field(probes, "skaddr", np.uint64), probe, 0),
@@ -391,19 +395,24 @@ def _link_socket(path: KernelPath, events: Mapping[str, Columns], hidden: Hidden
         probe_len=pick(_field(probes, "data_len", np.int64), probe, -1),
         snd_una=pick(_field(probes, "snd_una", np.int64), probe, -1),
     )
-    _link_data_ready(path, events, probes, hidden)
+    _link_data_ready(path, events, probes, *hidden)
 
 
-def _touched(path: KernelPath, events: Columns, row: np.ndarray, since: str, hidden: Hidden) -> np.ndarray:
+def _touched(
+    path: KernelPath, events: Columns, row: np.ndarray, since: str, lossy: Hidden, unseen: Hidden
+) -> np.ndarray:
     """Tell for each link from an earlier stage to an event whether other events may be missing between, on either's CPU."""
-    if not hidden.any:
+    if not unseen.any:
         return np.zeros(len(row), bool)
     at = STAGE_INDEX[since]
     start, end = path.time[:, at], pick(events["time"], row, NAT)
-    return hidden.touch(start, end, path.cpu[:, at]) | hidden.touch(start, end, pick(events["cpu"], row, -1))
+    touched = np.zeros(len(row), bool)
+    for cpu in (path.cpu[:, at], pick(events["cpu"], row, -1)):
+        touched |= lossy.touch(start, end, cpu) | (unseen.touch(start, end, cpu) & (end - start > WITHOUT_PAUSE_NS))
+    return touched
 
 
-def _link_data_ready(path: KernelPath, events: Mapping[str, Columns], probes: Columns, hidden: Hidden) -> None:
+def _link_data_ready(path: KernelPath, events: Mapping[str, Columns], probes: Columns, *hidden: Hidden) -> None:
     """Link sk_data_ready on the CPU that queued the data, and tell until when a wake-up there is this packet's."""
     ready = event_columns(events, "sock:sk_data_ready")
     everything = event_columns(events, "net:netif_receive_skb")
@@ -434,7 +443,7 @@ def _link_data_ready(path: KernelPath, events: Mapping[str, Columns], probes: Co
             breaks = [mine, probes, event_columns(events, "irq:softirq_entry"), event_columns(events, BIRTHS[3])]
             found = _ready_of_batches(path, found, index, following, wanted, _ranks_and_cpus(breaks))
         since = "tcp_rcv" if protocol == 6 else "netif_receive_skb"
-        found = np.where(_touched(path, mine, found, since, hidden), -1, found)
+        found = np.where(_touched(path, mine, found, since, *hidden), -1, found)
         row = np.where(found >= 0, pick(rows, found, -1), row)
     path.set_stage("data_ready", ready, row)
     path.columns = path.columns.with_columns(

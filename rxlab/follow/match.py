@@ -144,8 +144,7 @@ def match_packets(
     event_len: np.ndarray,
     event_time: np.ndarray,
     may_overtake: np.ndarray | None = None,
-    *,
-    may_miss: bool = False,
+    doubtful: np.ndarray | None = None,
 ) -> Matched:
     """Assign packets to events, order-preserving, inside each event's stamp window and with equal lengths.
 
@@ -160,8 +159,8 @@ def match_packets(
         Where it is expected, and the order of the events.
     may_overtake : bool array, dims (event,), optional
         Events whose packet may have been stamped out of this order: what the ordered assignment leaves over is matched again.
-    may_miss : bool
-        Events may be missing: a packet is then ambiguous where its event could be another packet's as well.
+    doubtful : bool array, dims (event,), optional
+        Events that may be another's packet than the order says, for that one's may be missing: ambiguous where they could.
     """
     packets = np.argsort(packet_time, kind="stable")
     events = np.argsort(event_time, kind="stable")
@@ -179,9 +178,10 @@ def match_packets(
     if may_overtake is not None:
         left = _Left(stamp, x_len, e_len, event_time[events], first, last)
         ambiguous = left.match(chosen, ambiguous, may_overtake[events])
-    if may_miss:
+    if doubtful is not None and doubtful.any():
         clipped = (first > earliest) | (last < latest)
-        ambiguous = ambiguous | ~_is_forced(x_len, e_len, first, last, clipped, chosen)
+        forced = _is_forced(x_len, e_len, first, last, clipped, chosen)
+        ambiguous = ambiguous | (~forced & pick(doubtful[events], chosen, False))
     result = np.full(len(packet_time), -1, np.int64)
     result[packets] = np.where(chosen >= 0, events[np.maximum(chosen, 0)], -1)
     flags = np.zeros(len(packet_time), bool)
@@ -199,8 +199,7 @@ def match_by_flow(
     may_overtake: np.ndarray | None,
     flow: np.ndarray,
     flow_hash: np.ndarray,
-    *,
-    may_miss: bool = False,
+    doubtful: np.ndarray | None = None,
 ) -> Matched:
     """Assign as :func:`match_packets`, then again by what that taught: which hash each flow has.
 
@@ -209,27 +208,31 @@ def match_by_flow(
 
     Parameters
     ----------
-    packet_time, packet_len, window_low, window_high, event_len, event_time, may_overtake
+    packet_time, packet_len, window_low, window_high, event_len, event_time, may_overtake, doubtful
         As :func:`match_packets`.
     flow : int array, dims (packet,)
         Directed flow, -1 where none.
     flow_hash : int64 array, dims (event,)
         skb->hash as the driver had it; 0 or less where it had none.
-    may_miss : bool
-        As :func:`match_packets`.
     """
     windows = (window_low, window_high)
-    found = match_packets(packet_time, packet_len, *windows, event_len, event_time, may_overtake, may_miss=may_miss)
+    found = match_packets(packet_time, packet_len, *windows, event_len, event_time, may_overtake, doubtful)
     group = _flow_groups(found.event, flow, flow_hash)
     if group is None:
         return found
-    if may_miss:
+    if doubtful is not None and doubtful.all():
         # Events whose hash was lost fit any flow, so here the hashes only speak against.
         of_packet, of_event = group[0], pick(group[1], found.event, 0)
         return Matched(found.event, found.ambiguous | ((of_packet != of_event) & (of_packet > 0) & (of_event > 0)))
     span = int(max(packet_len.max(initial=0), event_len.max(initial=0))) + 1
     again = match_packets(
-        packet_time, packet_len + span * group[0], *windows, event_len + span * group[1], event_time, may_overtake
+        packet_time,
+        packet_len + span * group[0],
+        *windows,
+        event_len + span * group[1],
+        event_time,
+        may_overtake,
+        doubtful,
     )
     event, ambiguous = again.event.copy(), again.ambiguous.copy()
     # A hash may change (a socket that retransmits takes a new one): what the flows leave over goes by order alone.
@@ -244,6 +247,7 @@ def match_by_flow(
         event_len[events],
         event_time[events],
         None if may_overtake is None else may_overtake[events],
+        None if doubtful is None else doubtful[events],
     )
     event[packets] = np.where(rest.event >= 0, events[np.maximum(rest.event, 0)], -1) if len(events) else -1
     ambiguous[packets] = rest.ambiguous

@@ -46,12 +46,15 @@ class Pairs:
     ----------
     matched : Matched
     place : StampPlace
+    is_uncertain : bool array, dims (packet,)
+        It may be so because events are missing: its skb's evidence may be another packet's.
     residual : int64 array, dims (packet,), nanoseconds
         Stamp less the instant it was expected at, NaT where unmatched or matched before.
     """
 
     matched: Matched
     place: StampPlace
+    is_uncertain: np.ndarray
     residual: np.ndarray
 
 
@@ -97,6 +100,8 @@ def pair_packets(
     low, high, expected = _stamp_windows(path, place.position, tolerance_of(clock), lossy)
     # Two queues' polls overlap: what one driver got first it may hand up last. Each such window ends where its skb goes on.
     overtaking = has_driver if place.position == "bracket" else np.zeros(len(has_driver), bool)
+    # A driver's event that was not delivered leaves its skb a wide window, and packets of which nothing was delivered may be in it.
+    doubtful = (~has_driver & sees_driver & (place.position == "bracket")) | lossy.any
     event = np.full(received.n, -2, np.int64) if known is None else known.event.copy()
     ambiguous = np.zeros(received.n, bool) if known is None else known.ambiguous.copy()
     packets, free = np.flatnonzero(event == -2), np.ones(len(rx_time), bool)
@@ -105,14 +110,14 @@ def pair_packets(
     found = match_by_flow(
         stamp[packets], length[packets], low[skbs], high[skbs], skb_len[skbs], expected[skbs],
         overtaking[skbs] if place.position == "bracket" else None,
-        received["directed_flow"][packets], columns["hash"][skbs], may_miss=lossy.any,
+        received["directed_flow"][packets], columns["hash"][skbs], doubtful[skbs],
     )  # fmt: skip
     event[packets] = pick(skbs, found.event, -1)
     ambiguous[packets] = found.ambiguous | (not place.is_sure)
     residual = np.full(received.n, NAT, np.int64)
     fresh = packets[event[packets] >= 0]
     residual[fresh] = stamp[fresh] - expected[event[fresh]]
-    return Pairs(Matched(event, ambiguous), place, residual)
+    return Pairs(Matched(event, ambiguous), place, ambiguous & pick(doubtful, event, lossy.any), residual)
 
 
 def _stamp_windows(

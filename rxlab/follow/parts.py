@@ -30,7 +30,7 @@ class Part:
         The first and the last event of the recording.
     received : Columns, dims (packet,)
         As :func:`rxlab.follow.received.received_packets` gives them, by row.
-    hidden, lossy, blind
+    hidden, lossy, unseen, blind
         :func:`rxlab.follow.hidden.hidden_windows`.
     so_far : FlowsSoFar
     earlier : Earlier
@@ -48,6 +48,7 @@ class Part:
     received: Columns
     hidden: Hidden
     lossy: Hidden
+    unseen: Hidden
     blind: np.ndarray
     so_far: FlowsSoFar
     earlier: Earlier

@@ -223,7 +223,7 @@ class SlabJoin:
     def _part(self, dense: Mapping[str, Columns], new: Columns) -> Part:
         """Return the part of the recording that is at hand: events, the packets held, and new ones."""
         recording, known = self._recording, self._known
-        hidden, lossy, blind = combine_windows(recording.lost_windows, self._chain.windows(self._since))
+        hidden, lossy, unseen, blind = combine_windows(recording.lost_windows, self._chain.windows(self._since))
         received = new
         if self._held is not None and known is not None:
             received = self._held.followed_by(new)
@@ -235,8 +235,8 @@ class SlabJoin:
                 *(np.concatenate((old, blank))[order] for old, blank in zip(known.of_packets(), blanks, strict=True)),
             )
         return Part(
-            _followed_by(_followed_by(self._blank, self._old), dense), self._recorded, recording.span, received, hidden, lossy, blind,
-            self._so_far, self._earlier, self._place if self._is_placed else None, known, self._pieces,
+            _followed_by(_followed_by(self._blank, self._old), dense), self._recorded, recording.span, received, hidden, lossy, unseen,
+            blind, self._so_far, self._earlier, self._place if self._is_placed else None, known, self._pieces,
         )  # fmt: skip
 
     def _tell(self, followed: Followed, part: Part, waiting: _Waiting, told_until: int, is_last: bool) -> Rows:
@@ -291,7 +291,7 @@ class SlabJoin:
             self._counted_rank = int(taken.copies["rank"][told].max())
         # Copies from packets that leave are not linked again.
         copies = told | (fresh & ~stays[taken.copied_from])
-        blind = combine_windows(self._recording.lost_windows, self._chain.take_new())[2]
+        blind = combine_windows(self._recording.lost_windows, self._chain.take_new())[-1]
         tally = Tally.of(followed, self._recording.flows, over, new, copies, blind)
         if self._tally is None:
             self._tally = tally
