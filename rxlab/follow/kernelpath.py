@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rxlab.follow.asof import AsOf, pick
+from rxlab.follow.batches import first_rank, ready_of_batches
 from rxlab.follow.clockfit import NAT
 from rxlab.follow.hidden import NOTHING_HIDDEN, Hidden
 from rxlab.follow.stagetable import StageTable
@@ -174,20 +175,7 @@ def _end_of_life(received: np.ndarray, address: np.ndarray, events: Mapping[str,
     """Return the rank at which each skb's address is born again after its `received` rank (the largest int64: never)."""
     births = [event_columns(events, name) for name in BIRTHS]
     births = [birth for birth in births if "skbaddr" in birth]
-    return _first_rank([(birth["rank"], _field(birth, "skbaddr", np.uint64)) for birth in births], received, address)
-
-
-def _first_rank(events: list[tuple[np.ndarray, np.ndarray]], rank: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Return the rank of the first event after each rank, of any kind and in the same group; the largest int64 where none.
-
-    Each kind is ranks and groups, in order of rank as recorded: looked at one by one, they need not be sorted into one.
-    """
-    first = np.full(len(rank), _NEVER)
-    for ranks, groups in events:
-        if len(ranks):
-            index = AsOf(ranks, groups)
-            np.minimum(first, index.rank_of(index.first_after(rank, group), _NEVER), out=first)
-    return first
+    return first_rank([(birth["rank"], _field(birth, "skbaddr", np.uint64)) for birth in births], received, address)
 
 
 def _link_driver(
@@ -441,7 +429,9 @@ def _link_data_ready(path: KernelPath, events: Mapping[str, Columns], probes: Co
         found = np.where(wanted & (index.rank_of(found, _NEVER) < limit), found, -1)
         if protocol == 17:
             breaks = [mine, probes, event_columns(events, "irq:softirq_entry"), event_columns(events, BIRTHS[3])]
-            found = _ready_of_batches(path, found, index, following, wanted, _ranks_and_cpus(breaks))
+            is_napi = path.columns["path_kind"] == PATH_KINDS.index("napi")
+            skbs = path.rank[:, rx], path.cpu[:, rx].astype(np.int64), is_napi
+            found = ready_of_batches(skbs, found, index, following, wanted, _ranks_and_cpus(breaks))
         since = "tcp_rcv" if protocol == 6 else "netif_receive_skb"
         found = np.where(_touched(path, mine, found, since, *hidden), -1, found)
         row = np.where(found >= 0, pick(rows, found, -1), row)
@@ -453,51 +443,6 @@ def _link_data_ready(path: KernelPath, events: Mapping[str, Columns], probes: Co
     )
 
 
-def _ready_of_batches(
-    path: KernelPath,
-    found: np.ndarray,
-    ready: AsOf,
-    received: AsOf,
-    is_datagram: np.ndarray,
-    breaks: list[tuple[np.ndarray, np.ndarray]],
-) -> np.ndarray:
-    """Give the data_ready calls after a batch of datagrams to those they were for.
-
-    NAPI hands skbs up in lists (napi_gro_complete, GRO_NORMAL: net/core/gro.c), and all of a list pass netif_receive_skb before
-    the first is queued to its socket (__netif_receive_skb_list_core). As many calls as datagrams are theirs in order. Fewer, since
-    Linux 6.10: the first datagram's, whose queue was empty; whose a second one is cannot be told.
-    """
-    at = STAGE_INDEX["netif_receive_skb"]
-    rank, cpu = path.rank[:, at], path.cpu[:, at].astype(np.int64)
-    is_napi = path.columns["path_kind"] == PATH_KINDS.index("napi")
-    if not is_napi.any():
-        return found
-    order = np.lexsort((rank, cpu))
-    rank, cpu, is_napi = rank[order], cpu[order], is_napi[order]
-    following = received.rank_of(received.first_after(rank, cpu), _NEVER)
-    unbroken = _first_rank(breaks, rank, cpu) > following
-    joined = np.zeros(len(order), bool)
-    joined[1:] = (unbroken & is_napi)[:-1] & is_napi[1:] & (following[:-1] == rank[1:])
-    batch = np.cumsum(~joined) - 1
-    size = np.bincount(batch[is_datagram[order]], minlength=batch[-1] + 1)
-    several = np.flatnonzero((size >= 2)[batch] & is_datagram[order])
-    if not len(several):
-        return found
-    mine, heads = batch[several], np.flatnonzero(np.diff(batch[several], prepend=-1))
-    number = np.arange(len(several)) - np.repeat(heads, np.diff(np.append(heads, len(several))))
-    last = np.flatnonzero(np.diff(batch, append=batch[-1] + 1))[mine]
-    call, calls = ready.first_after(rank[last], cpu[last]), np.full(len(several), -1, np.int64)
-    n_calls = np.zeros(len(several), np.int64)
-    for turn in range(int(size.max())):
-        call = np.where(ready.rank_of(call, _NEVER) < following[last], call, -1)
-        n_calls += call >= 0
-        calls = np.where(number == turn, call, calls)
-        call = np.where(call >= 0, ready.first_after(ready.rank_of(call, _NEVER - 1), cpu[last]), -1)
-    found = found.copy()
-    found[order[several]] = np.where((number == 0) | (n_calls == size[mine]), calls, -1)
-    return found
-
-
 def _ranks_and_cpus(columns: list[Columns]) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(one["rank"], one["cpu"]) for one in columns]
 
@@ -506,4 +451,4 @@ def _wake_limit(path: KernelPath, events: Mapping[str, Columns]) -> np.ndarray:
     """Return the rank of the first event after data_ready, on its CPU, that begins another packet's processing."""
     at = STAGE_INDEX["data_ready"]
     others = [event_columns(events, name) for name in ("net:netif_receive_skb", "tcp:tcp_probe", "sock:sk_data_ready")]
-    return _first_rank(_ranks_and_cpus(others), path.rank[:, at], path.cpu[:, at])
+    return first_rank(_ranks_and_cpus(others), path.rank[:, at], path.cpu[:, at])

@@ -243,7 +243,7 @@ class SlabJoin:
         """Return the rows that this slab tells of, count them, and keep what the next one needs."""
         n, evidence, known = followed.columns.n, followed.evidence, part.known
         counted = np.zeros(n, bool) if known is None else known.is_counted
-        is_freed = (evidence.freed[0] > 0) | (False if known is None else known.is_freed)
+        is_freed = (evidence.freed[0] > 0) & ~followed.pairs.is_uncertain | (False if known is None else known.is_freed)
         told = counted | (evidence.stamp < told_until) | is_last
         was_open = counted & self._was_open(part)
         is_open = told & (was_open | ~counted) & open_packets(followed, told, is_freed)
