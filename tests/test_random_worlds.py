@@ -108,6 +108,24 @@ FOUND: list[dict[str, Any]] = [
         "seed": 0, "n": 300, "proto": "udp", "mean_gap_ns": 30_000, "stamp": "bracket", "max_payload": 31, "n_addresses": 64,
         "work_ns": 5_000, "readers": 2, "shared": True, "stall_share": 0.1, "behind": True, "peek": True, "lost_share": 0.05,
     },
+    # Driver's events in a blind window, and in another the receives of packets that their skbs might as well have been.
+    {
+        "seed": 0, "n": 300, "proto": "udp", "rps": True, "mean_gap_ns": 2_000, "stamp": "bracket", "max_payload": 31,
+        "blind": ((0, 300_000, 400_000), (1, 500_000, 900_000)),
+    },
+    # The first data_ready after a blind window, at whose end no switch was seen, was another datagram's.
+    {
+        "seed": 208, "n": 300, "proto": "udp", "rps": True, "mean_gap_ns": 30_000, "stamp": "bracket", "max_payload": 31,
+        "n_addresses": 300, "behind": True, "lost_share": 0.05,
+        "blind": ((1, 1_000_000, 1_050_000), (1, 2_000_000, 2_050_000), (1, 4_000_000, 4_050_000)),
+    },
+    # Of the datagram only the stamp is known, and its reader came before that.
+    {
+        "seed": 100138, "n": 2000, "proto": "udp", "rps": True, "mean_gap_ns": 15_000, "stamp": "bracket", "max_payload": 31,
+        "n_addresses": 64, "work_ns": 5_000, "entries": True, "behind": True, "polling": True, "lock_every": 3,
+        "blind": ((0, 7_342_562, 7_742_562), (0, 14_899_018, 17_899_018), (1, 23_685_283, 23_735_283)),
+        "lost_share": 0.05, "lost_burst": 5.0,
+    },
 ]  # fmt: skip
 
 

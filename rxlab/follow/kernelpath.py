@@ -433,7 +433,9 @@ def _link_data_ready(path: KernelPath, events: Mapping[str, Columns], probes: Co
             skbs = path.rank[:, rx], path.cpu[:, rx].astype(np.int64), is_napi
             found = ready_of_batches(skbs, found, index, following, wanted, _ranks_and_cpus(breaks))
         since = "tcp_rcv" if protocol == 6 else "netif_receive_skb"
-        found = np.where(_touched(path, mine, found, since, *hidden), -1, found)
+        # Where events may be missing one that comes as late is another's: whoever is blind need not break the chain of switches.
+        late = hidden[0].any & (pick(mine["time"], found, NAT) - path.time[:, STAGE_INDEX[since]] > WITHOUT_PAUSE_NS)
+        found = np.where(late | _touched(path, mine, found, since, *hidden), -1, found)
         row = np.where(found >= 0, pick(rows, found, -1), row)
     path.set_stage("data_ready", ready, row)
     path.columns = path.columns.with_columns(

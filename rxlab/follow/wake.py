@@ -115,7 +115,8 @@ def _arrivals(
     last fell asleep for what a signal may end (the wait for data is such a sleep): the first time it ran since then, with the datagram there.
     """
     into, away, time = switches.into, switches.away, switches.events["time"]
-    known = (read.tid >= 0) & (read.rank >= 0)
+    # Since when it was there is told by its own events only: a stamp may be long before that.
+    known = (read.tid >= 0) & (read.rank >= 0) & (ready.rank >= 0)
     arrived = into.last_before(np.where(known, read.rank, -1), read.tid)
     # A reader that left after that had come back unseen.
     known &= ~read.is_copy | (away.rank_of(away.last_before(read.rank, read.tid), -1) <= into.rank_of(arrived, -1))
