@@ -127,6 +127,8 @@ def carried_packets(followed: Followed, kept: Kept, is_freed: np.ndarray) -> Kno
         followed.is_merged[rows],
         followed.is_late[rows],
         followed.columns["last_read_cpu"][rows],
+        evidence.taken.anchors_disagree[rows],
+        evidence.taken.is_contested[rows],
     )
 
 

@@ -114,6 +114,12 @@ class Consumption:
             np.zeros(n, bool),
         )  # fmt: skip
 
+    def keep_doubts(self, is_doubted: np.ndarray, is_contested: np.ndarray) -> None:
+        """Leave in doubt what an earlier slab did not know the reader of, and this one does not either."""
+        unread = self.receive < 0
+        self.anchors_disagree |= is_doubted & unread
+        self.is_contested |= is_contested & unread
+
 
 def unwrap_sequence(seq: np.ndarray, before: int | None = None) -> np.ndarray:
     """Return 32-bit sequence numbers as int64 stream positions, in the order given (RFC 9293: modulo 2**32).

@@ -193,6 +193,8 @@ def follow_part(part: Part, clock: ClockMap, machine: Machine) -> Followed:
         received["dport"], received["row"],
     )  # fmt: skip
     taken = consume(events, read(), path, segments, part.hidden, lossy, part.earlier, part.so_far.reached)
+    if known is not None:
+        taken.keep_doubts(known.is_doubted, known.is_contested)
     rows = path.take(skb)
     if clock.method == "cross_stamps":
         rows.time[:, STAGE_INDEX["nic"]] = np.where(skb >= 0, stamp, NAT)

@@ -76,6 +76,9 @@ class Known:
         As that slab saw them among their neighbours (:func:`rxlab.follow.status.merged_and_late`).
     last_read_cpu : int16 array
         As it saw that (:func:`rxlab.follow.readerfacts.reader_facts`).
+    is_doubted, is_contested : bool arrays
+        As that slab left them without a reader, with calls around that are not all at hand any more
+        (:class:`rxlab.follow.consumption.Consumption`).
     """
 
     path: KernelPath
@@ -87,6 +90,8 @@ class Known:
     is_merged: np.ndarray
     is_late: np.ndarray
     last_read_cpu: np.ndarray
+    is_doubted: np.ndarray
+    is_contested: np.ndarray
 
     def of_packets(self) -> tuple[np.ndarray, ...]:
         """Return all arrays of dims (packet,), in order."""

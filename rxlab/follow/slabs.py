@@ -229,7 +229,7 @@ class SlabJoin:
             received = self._held.followed_by(new)
             order = np.argsort(received["row"], kind="stable")
             received, no, none = received.take(order), np.zeros(new.n, bool), np.full(new.n, -1, np.int64)
-            blanks: tuple[np.ndarray, ...] = (none - 1, no, no, none, no, no, no, none.astype(np.int16))
+            blanks: tuple[np.ndarray, ...] = (none - 1, no, no, none, no, no, no, none.astype(np.int16), no, no)
             known = Known(
                 known.path,
                 *(np.concatenate((old, blank))[order] for old, blank in zip(known.of_packets(), blanks, strict=True)),
