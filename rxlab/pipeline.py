@@ -413,8 +413,7 @@ def analyze_run(
     from rxlab.dataset.twohosts import analyze_two_captures, facts_of
 
     if out is not None:
-        rundir.check_folder(Path(out))
-        rundir.check_out(Path(out), lambda begin: begin.startswith(b"\x89HDF"))
+        rundir.check_out(rundir.in_folder(Path(out)), lambda begin: begin.startswith(b"\x89HDF"))
     if clock_error is not None and sender_pcap is None:
         raise UsageError("--clock-error is about two hosts' clocks", expected="--sender-pcap FILE")
     if sender_pcap and pcap and not perf and path is None:
@@ -423,9 +422,11 @@ def analyze_run(
         return {**_untraced(target), "packets": tree["crossings"].sizes["arrival"], "one_way": facts_of(tree)}
     if sender_pcap and path is None:
         raise UsageError("the sender's capture is alone", expected="a run directory, or --pcap FILE of the receiver")
-    if (perf or pcap) and chunks is None:
+    if (perf or pcap) and chunks is not None:
+        raise UsageError("two files are aligned as a whole: no --chunks", do="Leave it out, or use 'rxlab capture'.")
+    if perf or pcap:
         return _analyze_recordings(path, out, perf, pcap, iface)
-    if path is None or perf or pcap:
+    if path is None:
         raise UsageError("nothing to analyse", expected="a run directory [--chunks N], or --perf FILE --pcap FILE")
     run = open_run(path, chunks=chunks)
     target = Path(out) if out is not None else run.rundir.file(DATASET)

@@ -260,16 +260,16 @@ def check_out(path: Path, is_ours: Callable[[bytes], bool]) -> None:
         )
 
 
-def check_folder(path: Path) -> None:
-    """Refuse an output of the user's choice whose folder is not there, before the work and not after it."""
+def in_folder(path: Path) -> Path:
+    """Return an output of the user's choice; refuse it where its folder is not there, before the work and not after it."""
     if not path.parent.is_dir():
         raise UsageError("no folder for this file", where=str(path), found=f"no {path.parent}", do="Make it first.")
+    return path
 
 
 def check_free(path: Path, force: bool = False) -> None:
     """Refuse a file of the user's choice that is there already, unless it may be replaced; what was recorded never may."""
-    check_folder(path)
-    if path.name in RECORDED and (path.parent / RUN_JSON).exists() and path.exists():
+    if in_folder(path).name in RECORDED and (path.parent / RUN_JSON).exists() and path.exists():
         raise UsageError("a file of a recording", where=str(path), do="Nothing was replaced. Choose another -o.")
     if path.exists() and not force:
         raise UsageError(

@@ -327,7 +327,7 @@ def _what_it_takes(median: Comparison, runs: Sequence[AnalysedRun]) -> str:
     else:
         return ""
     command = repeating_command(runs, n)
-    return f"{said}: {command}" if command else f"{said} ('rxlab compare --reps {n}')."
+    return f"{said}: {command}" if command else f"{said} (--reps {n})."
 
 
 def _verdict_words(comparison: Comparison) -> str:
