@@ -41,6 +41,7 @@ def judge(world: World, found: TwoHosts) -> tuple[int, int]:
             if least == NAT and most == NAT:
                 continue
             judged += 1
+            assert least == NAT or least >= 0
             low, high = true[row]
             outside += (least != NAT and least > low) or (most != NAT and most < high)
     return judged, outside
@@ -114,6 +115,27 @@ def test_offloads_are_named() -> None:
     assert (status == MERGED).mean() > 0.5
 
 
+def test_a_tick_of_the_timestamps_tells_what_was_sent_again() -> None:
+    """IPv6 numbers no packets; a request is sent again after 2 ms."""
+    world = World(**SHORT, kinds=("rpc",), loss=0.05, version=6, **APART)
+    found = align_two_hosts(world.sender, world.receiver)
+    assert sum(found.n_unseen) > 20
+    assert not (found.forward["status"] == AMBIGUOUS).any()
+
+
+def test_a_capture_that_began_after_sequence_numbers_wrapped_is_matched() -> None:
+    world = World(**SHORT, kinds=("bulk",), **APART)
+    late = world.receiver.n // 2
+    found = align_two_hosts(world.sender, world.receiver.take(np.arange(late, world.receiver.n)))
+    whole = align_two_hosts(world.sender, world.receiver)
+    assert (world.sender["seq"][: world.sender.n // 2] > 2**31).any()
+    assert (world.receiver["seq"][late:] < 2**31).all()
+    n = found.forward.n
+    assert n > 500
+    # A frame whose parts came before and after the cut is found as well.
+    assert np.array_equal(found.forward["first"], whole.forward["first"][-n:])
+
+
 def test_which_host_sent_is_told_by_the_packets() -> None:
     """The same without being told, and the other way round where the files are."""
     world = World(**SHORT, **APART)
@@ -150,6 +172,19 @@ def test_few_packets_make_wide_intervals_and_are_flagged() -> None:
     assert found.width_ns[1] > 105_000
 
 
+def test_a_curve_of_packets_too_unsteady_for_one_is_not_used() -> None:
+    """Delays of milliseconds, ten frames a second: the curve below them swings by more than crystals are apart."""
+    clocks = {
+        "sender": Clock(offset=6_921_119_526_458, drift=62.88852e-6, ramp=10.148893e-9, slew=(1.0, 2.0, -4.349802e-6), quantum=8),
+        "receiver": Clock(drift=-38.8175e-6, quantum=8),
+    }  # fmt: skip
+    slow = {"base": (493_143, 3_337_847), "jitter": (986_286, 333_784), "timestamps": False, "version": 6}
+    world = World(seed=5016, seconds=5.0, rate=100.0, kinds=("bulk",), loss=0.01, **slow, **clocks)
+    found = align_two_hosts(world.sender, world.receiver)
+    assert judge(world, found)[1] == 0
+    assert found.bounds.wander <= 500e-6
+
+
 def test_a_floor_that_is_seldom_reached_widens_the_intervals_and_is_flagged() -> None:
     world = World(seconds=20.0, rate=40.0, kinds=("udp",), base=(2_000, 2_000), jitter=(300_000, 300_000), **APART)
     found = align_two_hosts(world.sender, world.receiver)
@@ -173,7 +208,7 @@ def test_no_bound_reaches_across_a_step(seed: int) -> None:
     """The few packets after it are slow ones, so that the curve there lies elsewhere between the two directions."""
     clock = Clock(offset=7, step=(2.8, 37 * SECOND))
     world = World(
-        seed=seed, seconds=3.0, rate=150.0, kinds=("udp",), base=(500, 500), jitter=(40_000, 40_000), sender=clock
+        seed=seed, seconds=3.0, rate=150.0, kinds=("udp",), base=(50, 50), jitter=(40_000, 40_000), sender=clock
     )
     assert judge(world, align_two_hosts(world.sender, world.receiver))[1] == 0
 
@@ -182,10 +217,10 @@ def test_no_bound_reaches_across_a_step(seed: int) -> None:
 def test_stamps_are_cut_to_their_resolution(end: str) -> None:
     """Latencies that hardly vary: nothing but the resolution keeps the bounds apart."""
     clocks = {end: Clock(offset=12_345_678_901, quantum=1_000)}
-    world = World(**SHORT, kinds=("udp",), base=(20_000, 20_000), jitter=(1, 1), **clocks)
+    world = World(**SHORT, kinds=("udp",), base=(200, 200), jitter=(1, 1), **clocks)
     found = align_two_hosts(world.sender, world.receiver)
     assert judge(world, found)[1] == 0
-    assert 39_000 <= found.width_ns[0] <= found.width_ns[1] <= 44_000
+    assert 400 <= found.width_ns[0] <= found.width_ns[1] <= 4_500
 
 
 def test_what_is_merged_on_its_way_still_tells_which_host_sent() -> None:
@@ -212,14 +247,12 @@ def test_a_clock_that_is_steered_hard_is_followed_or_flagged() -> None:
     assert judge(world, found)[1] == 0
     assert found.width_ns[1] < 200_000
     # Slewed in the middle of an interval of the curve, whose direction is so steady that nothing else widens it.
-    short = World(
-        seconds=2.0,
-        rate=150.0,
-        kinds=("udp",),
-        base=(1_900_000, 2_000),
-        jitter=(900_000, 20),
-        sender=Clock(slew=(1.0, 2.0, -35e-6)),
-    )
+    clocks = {
+        "sender": Clock(drift=48.207e-6, sine_ns=654, ramp=-14.08e-9, slew=(1.0, 2.0, -35.267e-6)),
+        "receiver": Clock(drift=-22.092e-6, quantum=8),
+    }
+    steady = {"base": (1_894_443, 2_124), "jitter": (947_221, 21)}
+    short = World(seed=1078, seconds=2.0, rate=400.0, missed=0.005, tso=False, kinds=("udp",), **steady, **clocks)
     assert judge(short, align_two_hosts(short.sender, short.receiver))[1] == 0
 
 

@@ -27,7 +27,7 @@ MAX_INTERVALS = 1_000
 # Where the two sides contradict each other a clock wandered more than was allowed for: twice as much is tried, so often.
 MAX_DOUBLINGS = 12
 # Unless so few packets are to blame that their stamps must be wrong, or they are taken for others.
-MAX_WRONG = 0.01
+MAX_WRONG, MIN_WRONG = 0.01, 3
 ROUNDING_NS = 2
 # In so many parts of an interval it is looked how far the fastest packets keep away from the curve.
 WINDOWS = 8
@@ -43,7 +43,7 @@ class Reference:
     Attributes
     ----------
     envelope : Envelope or None
-        None: too few packets; the curve is flat.
+        None: too few packets, or too unsteady ones; the curve is flat.
     sign : {1, -1}
         -1: of packets to the receiver, fitted with time running backwards, for an envelope is a function of the stamp that comes first.
     level : int
@@ -67,7 +67,7 @@ class Reference:
 
     def wandered(self, t: np.ndarray, factor: float = 1.0) -> np.ndarray:
         """Return by how much the clocks may have wandered from the curve since its beginning, float64 ns, ascending with `t`."""
-        errors = np.minimum(self.slope_error * factor, MAX_DRIFT)
+        errors = np.maximum(self.slope_error, np.minimum(self.slope_error * factor, MAX_DRIFT))
         x, edges = ((at - self.edges[0]).astype(np.float64) for at in (t, self.edges))
         so_far = np.concatenate(([0.0], np.cumsum(np.diff(edges) * errors)))
         return (
@@ -122,7 +122,7 @@ def _slope_errors(envelope: Envelope, stamp: np.ndarray, event: np.ndarray) -> t
     np.maximum.at(away, interval, lowest.astype(np.float64))
     around = np.maximum(away, np.maximum(np.append(away[1:], 0.0), np.append(0.0, away[:-1])))
     error = STEERING + bend + 2 * np.maximum(around, envelope.bound_ns) / run
-    return np.append(left, right[-1]), np.minimum(error, MAX_DRIFT)
+    return np.append(left, right[-1]), error
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class OffsetBounds:
         Within how many nanoseconds both clocks are said to agree.
     flags : tuple of str
         ``one_direction``: one side is not known, for want of packets. ``few_packets``: fewer than 64 of a direction.
-        ``drift_unknown``: of both, so that the clocks may drift by 500 ppm. ``unsteady_clock``: the sides are compatible only
+        ``drift_unknown``: of both, or so unsteady ones that the clocks may drift by 500 ppm. ``unsteady_clock``: the sides are compatible only
         if a clock wandered more than the envelope says. ``sparse_floor``: fast packets are so rare that the bounds lie much further apart
         at most times than at their narrowest.
     """
@@ -156,7 +156,8 @@ class OffsetBounds:
     @property
     def wander(self) -> float:
         """How far the difference may move against the reference on average, nanoseconds per nanosecond."""
-        return min(self.factor * self.reference.mean_error, MAX_DRIFT)
+        error = self.reference.mean_error
+        return max(error, min(self.factor * error, MAX_DRIFT))
 
     @property
     def edges(self) -> np.ndarray:
@@ -251,8 +252,10 @@ def _refer(forward: tuple[np.ndarray, np.ndarray], reverse: tuple[np.ndarray, np
         envelope = fit_envelope(stamp, event, knot_ns=knot_ns)
         edges, errors = _slope_errors(envelope, stamp, event)
         found.append(Reference(envelope, sign, 0, (sign * edges)[::sign], errors[::sign]))
-    if found:
-        return min(found, key=lambda one: one.mean_error)
+    best = min(found, key=lambda one: one.mean_error, default=None)
+    # A curve that may be off by more than crystals are apart tells less than none.
+    if best is not None and best.mean_error <= MAX_DRIFT:
+        return best
     t, difference = forward if len(forward[0]) else reverse
     return Reference(None, 1, int(difference[0]), np.array([t[0], t[-1] + 1]), np.array([MAX_DRIFT]))
 
@@ -273,9 +276,11 @@ def _compatible(reference: Reference, sides: list[tuple[np.ndarray, np.ndarray]]
         if not any(counts):
             return bounds, factor > 1
         few = int(np.argmin([count if count else np.inf for count in counts]))
-        if counts[few] <= max(1, MAX_WRONG * len(sides[few][0])) and counts[few] * 4 <= counts[1 - few]:
-            t, difference = sides[few]
-            sides[few] = t[~wrong[few]], difference[~wrong[few]]
+        drop = {few} if counts[few] * 4 <= counts[1 - few] else {0, 1}
+        if all(counts[at] <= max(MIN_WRONG, MAX_WRONG * len(sides[at][0])) for at in drop):
+            for at in drop:
+                t, difference = sides[at]
+                sides[at] = t[~wrong[at]], difference[~wrong[at]]
         elif bounds.wander < MAX_DRIFT:
             factor *= 2
         else:
