@@ -165,6 +165,7 @@ STATUS_MEANINGS: dict[str, str] = {
     "outside_window": "before perf was enabled or after it was disabled",
     "handshake": "sets a connection up: SYN, SYN-ACK, the ACK that completes it",
     "fragment": "part of a datagram; the fragment that completed it tells what became of it",
+    "forwarded": "the host sent it on by another of its devices; no socket here got it",
 }
 STATUSES: tuple[str, ...] = tuple(STATUS_MEANINGS)
 

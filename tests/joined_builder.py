@@ -152,6 +152,7 @@ def _packets(
         "sleep_time": np.where(reader >= 0, time[:, STAGE_INDEX[first]] - 7_000, NAT),
         "sleep_cpu": reader.copy(),
         "handshake": full(0, np.int8),
+        "forwards": full(0, np.int8),
         "established_time": full(NAT, np.int64),
         "accept_time": full(NAT, np.int64),
         "reader_kind": np.where(reader >= 0, READER_KINDS.index("syscall"), 0).astype(np.int8),

@@ -75,6 +75,7 @@ def _packets() -> list[Variable]:
         v("pcap_frame", p, "int64", "1", "", "frame number", "1-based number in rx.pcap, as Wireshark shows it", "0: no pcap packet"),
         v("path_kind", p, "int8", "1", "", "path kind", "how the packet entered the kernel; it fixes the order of stages", flags=PATH_KINDS),
         v("t0_stage", p, "int8", "1", "", "first kernel stage seen", "start of total_latency: code of a stage", "-1: no kernel stage seen", flags=STAGE_NAMES),
+        v("forwards", p, "int8", "1", "", "times forwarded", "other devices of the host by which it came in again (bridge, routing, veth) on its way to the socket: part of the step after netif_receive_skb"),
         v("handshake", p, "int8", "1", "", "part in the handshake", "SYN, SYN-ACK, or the ACK that completes it: its stages from data_ready on are the listener's", flags=HANDSHAKES),
         v("established_time", p, "datetime64[ns]", "", REAL, "connection established", "sock:inet_sock_set_state to ESTABLISHED while this packet was processed",
           "NaT: not this packet's doing, or the event was not recorded"),

@@ -204,7 +204,7 @@ def _packets(joined: Any, run: Mapping[str, Any], host: Mapping[str, Any], offse
     direct = (
         "flow", "direction", "wire_len", "payload_len", "seq", "skb", "socket", "tid", "rx_queue", "rps_cpu", "waker_cpu",
         "reader_cpu", "gro_segments", "pcap_frame", "path_kind", "t0_stage", "attribution", "status", "is_data", "trusted",
-        "last_read_cpu", "sleep_cpu", "reader_kind", "handshake",
+        "last_read_cpu", "sleep_cpu", "reader_kind", "handshake", "forwards",
     )  # fmt: skip
     for name in direct:
         variables[name] = laid("packets", name, columns[name])

@@ -329,6 +329,7 @@ def _columns(
             "tid": tid.astype(np.int32),
             "comm": comm,
             "rx_queue": pick(facts["rx_queue"], skb, -1).astype(np.int16),
+            "forwards": pick(facts["devices"], skb, 0).astype(np.int8),
             "rps_cpu": pick(facts["rps_cpu"].astype(np.int16), skb, -1),
             "reader_cpu": reader_cpu.astype(np.int16),
             "waker_cpu": rows.cpu[:, STAGE_INDEX["waking"]],

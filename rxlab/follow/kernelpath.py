@@ -15,6 +15,7 @@ import numpy as np
 from rxlab.follow.asof import AsOf, pick
 from rxlab.follow.batches import first_rank, ready_of_batches
 from rxlab.follow.clockfit import NAT
+from rxlab.follow.forwarding import follow_forwarding
 from rxlab.follow.hidden import NOTHING_HIDDEN, Hidden
 from rxlab.follow.stagetable import StageTable
 from rxlab.follow.together import beside
@@ -67,7 +68,7 @@ class KernelPath(StageTable):
         """Return these skbs, with what later events say of the end of their lives, followed by the `later` ones not among them."""
         rx = STAGE_INDEX["netif_receive_skb"]
         new = later.select(np.flatnonzero(~np.isin(later.rank[:, rx], self.rank[:, rx])))
-        born = _end_of_life(self.rank[:, rx], self.columns["skbaddr"], events)
+        born = _end_of_life(self.columns["entered_rank"], self.columns["skbaddr"], events)
         mine = self.columns.with_columns(
             end_rank=np.minimum(self.columns["end_rank"], born),
             wake_limit=np.minimum(self.columns["wake_limit"], _wake_limit(self, events)),
@@ -107,11 +108,16 @@ def on_device(columns: Columns, iface: str) -> Columns:
     """Return the rows of a ``net:*`` event whose device has this name."""
     if "name" not in columns or not columns.n:
         return columns
+    return only(columns, is_on_device(columns, iface))
+
+
+def is_on_device(columns: Columns, iface: str) -> np.ndarray:
+    """Tell which rows of a ``net:*`` event are of a device of this name."""
     names = columns.attrs.get("categories", {}).get("name")
     if names is None:
-        return columns.take(columns["name"] == iface.encode())
+        return np.asarray(columns["name"] == iface.encode())
     is_wanted = np.array([text == iface for text in names] + [False])
-    return only(columns, is_wanted[columns["name"]])
+    return np.asarray(is_wanted[columns["name"]])
 
 
 def follow_kernel(
@@ -148,9 +154,13 @@ def follow_kernel(
     if not n:
         path.columns = path.columns.with_columns(**{name: np.empty(0, np.int64) for name in _COLUMN_NAMES})
         return path
-    end_of_life = beside(_end_of_life, receive["rank"], facts["skbaddr"], events)
+    forwarded = follow_forwarding(receive, events, lambda columns: is_on_device(columns, iface))
+    end_of_life = beside(_end_of_life, forwarded.rank, facts["skbaddr"], events)
     driver = _link_driver(path, receive, events, iface, lossy, unseen)
-    path.columns = path.columns.with_columns(end_rank=end_of_life(), **driver)
+    path.columns = path.columns.with_columns(
+        end_rank=end_of_life(), entered_rank=forwarded.rank, entered_cpu=forwarded.cpu,
+        devices=forwarded.devices, is_out=forwarded.is_out, **driver,
+    )  # fmt: skip
     entered = beside(_link_entry, path, events, irqs or {}, lossy, hidden)
     _link_socket(path, events, lossy, unseen)
     entered()
@@ -168,6 +178,7 @@ def _link_entry(
 _COLUMN_NAMES = (
     "end_rank", "path_kind", "rps_cpu", "rx_queue", "hash", "l4_hash", "socket", "sport", "dport", "probe_len", "gso_size",
     "snd_una", "ready_tid", "wake_limit", "stamp_low", "stamp_high", "vlan_tagged",
+    "entered_rank", "entered_cpu", "devices", "is_out",
 )  # fmt: skip
 
 
@@ -422,7 +433,7 @@ def _link_data_ready(path: KernelPath, events: Mapping[str, Columns], probes: Co
             limit = limits.rank_of(limits.first_after(start, cpu, socket), _NEVER)
         else:
             index = AsOf(mine["rank"], mine["cpu"])
-            start, cpu, wanted = path.rank[:, rx], path.cpu[:, rx], path.rank[:, rcv] < 0
+            start, cpu, wanted = path.columns["entered_rank"], path.columns["entered_cpu"], path.rank[:, rcv] < 0
             found = index.first_after(start, cpu)
             following = AsOf(everything["rank"], everything["cpu"])
             limit = following.rank_of(following.first_after(start, cpu), _NEVER)

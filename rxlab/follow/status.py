@@ -34,7 +34,7 @@ FLAGGED = ("ambiguous", "negative", "blind", "lost", "incomplete", "unmatched")
 # Statuses that name the call that read the packet without doubt, whatever other stages are missing.
 TRUSTED = ("complete", "lost", "blind")
 # Not counted among the data packets a recording should have followed: no reader could have had them, or perf was not on.
-NOT_COUNTED = ("duplicate", "dropped", "outside_window")
+NOT_COUNTED = ("duplicate", "dropped", "outside_window", "forwarded")
 
 
 def has_status(status: np.ndarray, names: tuple[str, ...]) -> np.ndarray:
@@ -233,6 +233,9 @@ def give_statuses(
     sees_reader = np.isin(columns["proto"], readers_seen(evidence.events))
     status[is_data & ~has_reader & sees_reader] = code["no_reader"]
     status[is_data & ~has_reader & (reason > 0)] = code["dropped"]
+    status[is_data & ~has_reader & pick(evidence.path.columns["is_out"], evidence.matched.event, False)] = code[
+        "forwarded"
+    ]
     status[is_data & duplicate] = code["duplicate"]
     stamp = evidence.stamp
     end = rows.time[:, STAGE_INDEX["recvmsg"]]

@@ -176,6 +176,7 @@ def _head(tree: xr.DataTree, everything: xr.Dataset, packets: xr.Dataset, frame:
         *_meaning(everything, packets),
         *_handshake(everything, packets),
         *([slept] if slept else []),
+        *_forwarded(packets),
         *_steering(everything, packets),
         *_sender(everything, packets),
     ]
@@ -186,6 +187,13 @@ def _meaning(everything: xr.Dataset, packets: xr.Dataset) -> list[str]:
     status = _word(everything, packets, "status")
     is_told = status in ("complete", "handshake", "dropped") or status not in STATUS_MEANINGS
     return [] if is_told else [f"{status}: {STATUS_MEANINGS[status]}"]
+
+
+def _forwarded(packets: xr.Dataset) -> list[str]:
+    """Return by how many devices the host handed the packet on to itself."""
+    times = int(packets["forwards"]) if "forwards" in packets else 0
+    by = "another device" if times == 1 else f"{times} other devices"
+    return [f"forwarded: it came in again by {by} of this host before its socket"] if times else []
 
 
 def _sender(everything: xr.Dataset, packets: xr.Dataset) -> list[str]:

@@ -6,6 +6,7 @@ The suite takes a small draw of it (test_scenarios_live.py), ``python tests/live
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -44,7 +45,7 @@ class Scenario:
         Data packets that a message makes, about.
     gro, tso : bool
         Offloads of the testbed; without `tso` the sender's stack cuts into MTU segments.
-    bed : {"veth", "lo", "containers"}
+    bed : {"veth", "lo", "containers", "routed", "bridged", "bridge"}
         "containers": both ends are called eth0, and the server lives in a pid namespace of its own.
     queues : int
         Receive queues of the captured veth.
@@ -138,6 +139,12 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario("loopback", bed="lo", states=("off",)),
     Scenario("loopback, UDP", proto="udp", bed="lo", states=("off",)),
     Scenario("containers", bed="containers"),
+    # Captured where they come in; the reader is behind another device.
+    Scenario("routed to a container", bed="routed"),
+    Scenario("routed to a container, UDP, all events", proto="udp", bed="routed", events="full"),
+    Scenario("bridged to a container", bed="bridged"),
+    Scenario("bridged to a container, NAPI veth", bed="bridged", gro=True, events="full"),
+    Scenario("bridge with the host's address, UDP", proto="udp", bed="bridge"),
     Scenario("full socket buffer", "recvfrom", "udp", gap_us=60, burst=100, pause_us=20, rcvbuf=16 << 10),
     # Servers nobody here wrote.
     Scenario("connection set-up (curl)", "http"),
@@ -154,27 +161,88 @@ class ContainerTestbed(Testbed):
         self.src, self.dst = replace(self.src, iface="eth0"), replace(self.dst, iface="eth0")
 
 
+class ForwardingTestbed(Testbed):
+    """A testbed whose receiving end hands packets on: by routing or a bridge to a container, or by a bridge to itself.
+
+    ``server`` is where they end.
+    """
+
+    def __init__(self, how: str, **options: Any) -> None:
+        super().__init__(**options)
+        inner = None if how == "bridge" else f"rxlab-{self.identifier}-pod"
+        address = {"routed": "10.78.0.2", "bridged": "10.77.0.3", "bridge": "10.77.0.4"}[how]
+        self.how, self.server = how, Endpoint(inner or self.dst.netns, "eth1" if inner else "br0", address, None)
+
+    def _build(self) -> None:
+        super()._build()
+        host, device = ["-n", str(self.dst.netns)], self.dst.iface
+        lines = [[*host, "link", "add", "br0", "type", "bridge"], [*host, "link", "set", device, "master", "br0"]]
+        lines += [[*host, "link", "set", "br0", "up"]]
+        if self.how == "bridge":
+            lines += [[*host, "addr", "add", f"{self.server.ipv4}/24", "dev", "br0"]]
+        if self.how == "routed":
+            lines = []
+        if self.how != "bridge":
+            inner = str(self.server.netns)
+            assert self._registry is not None
+            self._registry.register_namespace(inner)
+            self._run(["ip", "netns", "add", inner])
+            peer = ["peer", "name", "eth1", "netns", inner]
+            lines += [[*host, "link", "add", "pod0", "type", "veth", *peer], ["-n", inner, "link", "set", "eth1", "up"]]
+            lines += [
+                ["-n", inner, "addr", "add", f"{self.server.ipv4}/24", "dev", "eth1"],
+                [*host, "link", "set", "pod0", "up"],
+            ]
+        if self.how == "bridged":
+            lines += [[*host, "link", "set", "pod0", "master", "br0"]]
+        if self.how == "routed":
+            lines += [
+                [*host, "addr", "add", "10.78.0.1/24", "dev", "pod0"],
+                ["-n", inner, "route", "add", "default", "via", "10.78.0.1"],
+                ["-n", str(self.src.netns), "route", "add", "10.78.0.0/24", "via", str(self.dst.ipv4)],
+            ]
+        for line in lines:
+            self._run(["ip", *line])
+        if self.how == "routed":
+            self._run(self.dst.command(["sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward"]))
+
+    def close(self) -> None:
+        if self.server.netns != self.dst.netns:
+            subprocess.run(["ip", "netns", "del", str(self.server.netns)], check=False, stderr=subprocess.DEVNULL)
+        super().close()
+
+
 def record(scenario: Scenario, state: str, out: Path, packets: int, journal: Transaction, **options: Any) -> RunDir:
     """Record one run of about `packets` data packets."""
-    messages = max(int(packets / scenario.per_message / scenario.flows), 1)
+    messages, server = max(int(packets / scenario.per_message / scenario.flows), 1), None
     with ExitStack() as stack:
         if scenario.bed == "lo":
             options |= {"iface": "lo"}
             dst = Endpoint(None, "lo", "127.0.0.1", "::1")
             stack.enter_context(settled(scenario, state, dst, None, journal))
         else:
-            kind = ContainerTestbed if scenario.bed == "containers" else Testbed
-            bed = stack.enter_context(kind(gro=scenario.gro, registry=journal))
+            bed: Testbed = stack.enter_context(testbed_of(scenario, journal))
             options |= {"testbed": bed}
             dst = bed.dst
+            if isinstance(bed, ForwardingTestbed):
+                server = bed.server
             if scenario.witness:
                 stack.enter_context(watching(scenario.witness, dst.iface, witness_of(out)))
             stack.enter_context(settled(scenario, state, dst, bed.src, journal))
-        load = workload_of(scenario, dst, out, messages)
+        load = workload_of(scenario, server or dst, out, messages)
+        if server is not None and isinstance(load, Command):
+            load = replace(load, server_argv=server.command(load.server_argv))
         return capture(
             out, workload=load, idle="spin", events=scenario.events, transaction=journal,
             configuration={"scenario": scenario.name, "rps": state}, **options,
         )  # fmt: skip
+
+
+def testbed_of(scenario: Scenario, journal: Transaction) -> Testbed:
+    """Return the testbed of a scenario."""
+    if scenario.bed in ("routed", "bridged", "bridge"):
+        return ForwardingTestbed(scenario.bed, gro=scenario.gro, registry=journal)
+    return (ContainerTestbed if scenario.bed == "containers" else Testbed)(gro=scenario.gro, registry=journal)
 
 
 @contextmanager
