@@ -237,6 +237,8 @@ def test_what_is_merged_on_its_way_still_tells_which_host_sent() -> None:
     )
     found = align_two_hosts(world.sender, world.receiver)
     assert (found.forward["status"] == MERGED).all()
+    # Also where the bulk comes from the other host.
+    assert (align_two_hosts(world.receiver, world.sender).reverse["status"] == MERGED).all()
     assert judge(world, found) == (sum(map(len, world.true.values())), 0)
 
 
