@@ -223,6 +223,24 @@ def test_stamps_are_cut_to_their_resolution(end: str) -> None:
     assert 400 <= found.width_ns[0] <= found.width_ns[1] <= 4_500
 
 
+def test_a_short_capture_in_microseconds_does_not_know_the_drift_better() -> None:
+    """Half a second of packets as steady as nothing but stamps cut to microseconds would show them."""
+    clocks = {
+        "sender": Clock(offset=9_199_565_236_213, drift=-9.8979e-6, sine_ns=1_357.42, ramp=15.5172e-9),
+        "receiver": Clock(drift=-76.5006e-6, quantum=1_000),
+    }  # fmt: skip
+    steady = {
+        "base": (629_334, 589),
+        "jitter": (6_293, 5),
+        "train": 4,
+        "timestamps": False,
+        "ip_ids": False,
+        "version": 6,
+    }
+    world = World(seed=9055, seconds=0.5, rate=400.0, kinds=("bulk",), translated=True, **steady, **clocks)
+    assert judge(world, align_two_hosts(world.sender, world.receiver))[1] == 0
+
+
 def test_what_is_merged_on_its_way_still_tells_which_host_sent() -> None:
     """No data packet is the same in both captures, and few packets are there."""
     world = World(

@@ -97,10 +97,11 @@ class Reference:
         return np.sort(np.sort(self.sign * self.envelope.uncertain, axis=1), axis=0)
 
 
-def _slope_errors(envelope: Envelope, stamp: np.ndarray, event: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _slope_errors(envelope: Envelope, stamp: np.ndarray, event: np.ndarray, cut: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the intervals of a curve (edges on the stamp's clock, ascending) and how far its slope may be off in each.
 
-    Either end of an interval may be off by as much as the fastest packets around keep away from the curve, and by its bound; within
+    Either end of an interval may be off by as much as the fastest packets around keep away from the curve, or by its bound, and by what
+    the stamps are `cut`; within
     an interval a clock's frequency changes by 0.6 ppm, or by what the curve bends at either end.
     """
     if "short" in envelope.flags:
@@ -121,7 +122,7 @@ def _slope_errors(envelope: Envelope, stamp: np.ndarray, event: np.ndarray) -> t
     away = np.zeros(len(left))
     np.maximum.at(away, interval, lowest.astype(np.float64))
     around = np.maximum(away, np.maximum(np.append(away[1:], 0.0), np.append(0.0, away[:-1])))
-    error = STEERING + bend + 2 * np.maximum(around, envelope.bound_ns) / run
+    error = STEERING + bend + 2 * (np.maximum(around, envelope.bound_ns) + cut) / run
     return np.append(left, right[-1]), error
 
 
@@ -220,7 +221,7 @@ def bound_offset(
         raise ClockError("no packet was captured on both hosts", found="0 packets of either direction")
     orders = [np.argsort(t, kind="stable") for t in at]
     sides = [(t[order], d[order]) for t, d, order in zip(at, over, orders, strict=True)]
-    reference = _refer(*sides)
+    reference = _refer(sides[0], sides[1], sum(quantum) - 2)
     flags = (
         {"one_direction"} if not min(map(len, at)) else {"few_packets"} if min(map(len, at)) < MIN_PACKETS else set()
     )
@@ -241,7 +242,7 @@ def bound_offset(
     return OffsetBounds(reference, bounds.upper, bounds.lower, bounds.factor, clock_error, tuple(sorted(flags)))
 
 
-def _refer(forward: tuple[np.ndarray, np.ndarray], reverse: tuple[np.ndarray, np.ndarray]) -> Reference:
+def _refer(forward: tuple[np.ndarray, np.ndarray], reverse: tuple[np.ndarray, np.ndarray], cut: int = 0) -> Reference:
     """Return the curve of the direction whose fastest packets tell the slope best."""
     found = []
     for sign, (t, difference) in ((-1, forward), (1, reverse)):
@@ -250,7 +251,7 @@ def _refer(forward: tuple[np.ndarray, np.ndarray], reverse: tuple[np.ndarray, np
         knot_ns = max(KNOT_NS, int(t[-1] - t[0]) // MAX_INTERVALS)
         stamp, event = (sign * t)[::sign], (sign * (t - difference))[::sign]
         envelope = fit_envelope(stamp, event, knot_ns=knot_ns)
-        edges, errors = _slope_errors(envelope, stamp, event)
+        edges, errors = _slope_errors(envelope, stamp, event, cut)
         found.append(Reference(envelope, sign, 0, (sign * edges)[::sign], errors[::sign]))
     best = min(found, key=lambda one: one.mean_error, default=None)
     # A curve that may be off by more than crystals are apart tells less than none.
