@@ -160,7 +160,7 @@ def follow_part(part: Part, clock: ClockMap, machine: Machine) -> Followed:
     """Follow the packets of a part of a recording and give each a status."""
     events, received, lossy, known = part.events, part.received, part.lossy, part.known
     read = beside(receive_events, events, lossy)
-    path = follow_kernel(events, machine.iface, machine.irqs, lossy, part.hidden, part.unseen)
+    path = follow_kernel(events, machine.iface, machine.irqs, lossy, part.hidden, part.unseen, part.known_cpus)
     if known is not None:
         path = known.path.continued(path, events)
     stamp = clock.to_monotonic(received["time"])

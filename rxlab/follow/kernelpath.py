@@ -127,6 +127,7 @@ def follow_kernel(
     lossy: Hidden = NOTHING_HIDDEN,
     hidden: Hidden = NOTHING_HIDDEN,
     unseen: Hidden = NOTHING_HIDDEN,
+    known_cpus: Mapping[str, np.ndarray] | None = None,
 ) -> KernelPath:
     """Follow every skb that entered the stack on an interface up to ``sk_data_ready``.
 
@@ -142,6 +143,8 @@ def follow_kernel(
         Where events were lost: links that reach across are not made.
     hidden : Hidden
         Lost or blind: nor are those of packets that RPS moved, which may be processed long after the softirq that moved them.
+    known_cpus : mapping of str to integer array, optional
+        CPUs on which earlier parts of the recording saw an event.
     unseen : Hidden
         Where the switches alone say that something may be missing: links that take long and reach across are not made.
     """
@@ -156,7 +159,7 @@ def follow_kernel(
         return path
     forwarded = follow_forwarding(receive, events, lambda columns: is_on_device(columns, iface))
     end_of_life = beside(_end_of_life, forwarded.rank, facts["skbaddr"], events)
-    driver = _link_driver(path, receive, events, iface, lossy, unseen)
+    driver = _link_driver(path, receive, events, iface, lossy, unseen, known_cpus or {})
     path.columns = path.columns.with_columns(
         end_rank=end_of_life(), entered_rank=forwarded.rank, entered_cpu=forwarded.cpu,
         devices=forwarded.devices, is_out=forwarded.is_out, **driver,
@@ -190,7 +193,13 @@ def _end_of_life(received: np.ndarray, address: np.ndarray, events: Mapping[str,
 
 
 def _link_driver(
-    path: KernelPath, receive: Columns, events: Mapping[str, Columns], iface: str, lossy: Hidden, unseen: Hidden
+    path: KernelPath,
+    receive: Columns,
+    events: Mapping[str, Columns],
+    iface: str,
+    lossy: Hidden,
+    unseen: Hidden,
+    known_cpus: Mapping[str, np.ndarray],
 ) -> dict[str, np.ndarray]:
     """Link each skb to the event by which the driver handed it up; tells path kind, queue, hash and the stamp's window."""
     n = receive.n
@@ -204,7 +213,11 @@ def _link_driver(
     best = np.full(n, -1, np.int64)
     handed_over = np.full(n, NAT, np.int64)
     has_entry = event_columns(events, "net:netif_rx_entry").n > 0
-    unreceived = unseen.of_cpus(np.unique(everything["cpu"]))
+
+    def unseen_at(name: str, columns: Columns) -> Hidden:
+        return unseen.of_cpus(np.union1d(columns["cpu"], known_cpus.get(name, columns["cpu"][:0])))
+
+    unreceived = unseen_at("net:netif_receive_skb", everything)
     for name, label in (
         ("net:netif_rx", "backlog"),
         ("net:netif_rx_entry", "backlog"),
@@ -218,7 +231,7 @@ def _link_driver(
         rank = index.rank_of(row, -1)
         # An earlier life of the address would lend its own start, where nobody saw that received nor the next one begin.
         between = pick(found["time"], row, NAT), receive["time"]
-        unclear = unseen.of_cpus(np.unique(found["cpu"])).touch(*between) & unreceived.touch(*between)
+        unclear = unseen_at(name, found).touch(*between) & unreceived.touch(*between)
         unclear &= lossy.touch(*between) | (between[1] - between[0] > WITHOUT_PAUSE_NS)
         row = np.where((rank > previous) & ~unclear, row, -1)
         if name == "net:netif_rx":

@@ -40,6 +40,8 @@ class Part:
         What is known of packets that earlier slabs had.
     pieces : Columns or None
         What of the streams had come before (:func:`rxlab.follow.repeats.merged_pieces`).
+    known_cpus : mapping of str to integer array or None
+        CPUs on which earlier parts saw an event.
     """
 
     events: Mapping[str, Columns]
@@ -55,6 +57,7 @@ class Part:
     place: StampPlace | None = None
     known: Known | None = None
     pieces: Columns | None = None
+    known_cpus: Mapping[str, np.ndarray] | None = None
 
 
 @dataclass(frozen=True)

@@ -149,6 +149,7 @@ class SlabJoin:
         self._given_up, self._since = 0, recording.span[0]
         self._counted_rank = -1
         self._names: Columns | None = None
+        self._cpus: dict[str, np.ndarray] = {}
         self._recorded = self._asked | ({CALLS} if self._asked.intersection(SUBSTITUTES[CALLS]) else set())
         self._setups: list[Columns] = []
         self._accepts: list[Columns] = []
@@ -236,8 +237,14 @@ class SlabJoin:
             )
         return Part(
             _followed_by(_followed_by(self._blank, self._old), dense), self._recorded, recording.span, received, hidden, lossy, unseen,
-            blind, self._so_far, self._earlier, self._place if self._is_placed else None, known, self._pieces,
+            blind, self._so_far, self._earlier, self._place if self._is_placed else None, known, self._pieces, self._cpus_seen(dense),
         )  # fmt: skip
+
+    def _cpus_seen(self, events: Mapping[str, Columns]) -> dict[str, np.ndarray]:
+        """Return on which CPUs each event was seen so far, those of `events` among them."""
+        for name, columns in events.items():
+            self._cpus[name] = np.union1d(self._cpus.get(name, columns["cpu"][:0]), columns["cpu"])
+        return self._cpus
 
     def _tell(self, followed: Followed, part: Part, waiting: _Waiting, told_until: int, is_last: bool) -> Rows:
         """Return the rows that this slab tells of, count them, and keep what the next one needs."""
