@@ -16,7 +16,7 @@ from rxlab.dataset import schema, store
 from rxlab.dataset.twohosts import groups_of, intervals_of_frames
 from rxlab.errors import ClockError
 from rxlab.follow.crossings import AMBIGUOUS, BY_GAPS, CROSSINGS, MERGED, SEGMENT, match_captures
-from rxlab.follow.oneway import NAT
+from rxlab.follow.oneway import NAT, bound_offset
 from rxlab.follow.twohosts import TwoHosts, align_two_hosts
 from rxlab.pipeline import analyze_run
 from rxlab.show import trust
@@ -211,6 +211,32 @@ def test_no_bound_reaches_across_a_step(seed: int) -> None:
         seed=seed, seconds=3.0, rate=150.0, kinds=("udp",), base=(50, 50), jitter=(40_000, 40_000), sender=clock
     )
     assert judge(world, align_two_hosts(world.sender, world.receiver))[1] == 0
+
+
+def test_what_was_known_before_a_step_says_nothing_of_after() -> None:
+    """The path becomes a hundred times as long while a clock is stepped: the bounds of before would leave the truth out."""
+    draw, step = np.random.default_rng(5), 3 * SECOND
+    sent, back = (np.sort(draw.integers(0, 6 * SECOND, 1_500)) for _ in range(2))
+
+    def delay(t: np.ndarray) -> np.ndarray:
+        return np.where(t < step, 50_000, 5_000_000) + draw.exponential(20_000, len(t)).astype(np.int64)
+
+    def difference(t: np.ndarray) -> np.ndarray:
+        return 7 + np.where(t < step, 0, 37 * SECOND)
+
+    arrived, returned = sent + delay(sent), back + delay(back)
+    bounds = bound_offset((sent, arrived + difference(arrived)), (back + difference(back), returned))
+    assert len(bounds.edges) == 1
+    for t in (arrived, back):
+        least, largest = bounds.at(t + difference(t))
+        known = (least != NAT) & (largest != NAT) & (np.abs(t - step) > 50_000_000)
+        assert known.mean() > 0.9
+        assert ((least <= difference(t)) & (difference(t) <= largest))[known].all()
+    # Between the step and the first packet after it too.
+    grid = bounds.edges[0] + np.arange(0, 20_000_000, 50_000)
+    least, largest = bounds.at(grid)
+    assert ((least == NAT) | (least <= 7 + 37 * SECOND)).all()
+    assert ((largest == NAT) | (largest >= 7 + 37 * SECOND)).all()
 
 
 @pytest.mark.parametrize("end", ["sender", "receiver"])
