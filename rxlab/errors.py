@@ -64,6 +64,13 @@ class MissingEventError(RxlabError):
     """A recording lacks an event, or a field of one, that a result needs."""
 
 
+class MissingColumnError(MissingEventError, KeyError):
+    """Columns lack one that is needed; a :class:`KeyError` as well, as of any mapping."""
+
+    def __str__(self) -> str:
+        return self.line()
+
+
 class ClockError(RxlabError):
     """Two clocks cannot be put on one axis with a stated bound."""
 

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 import rxlab
 from rxlab.dataset import aggregate, run, stats, store
 from rxlab.errors import RxlabError, UsageError
+from rxlab.follow.clockfit import NAT
 from rxlab.stages import STAGE_INDEX
 
 assert run.accessor  # the import that registers it
@@ -88,6 +89,18 @@ def test_no_effect_and_one_repetition_decide_nothing():
     single = sweep(1.3, reps=1).rx.compare("rps_cpus")
     assert (single["verdict"] == stats.CANNOT_TELL).all()
     assert single["ratio_low"].isnull().all()
+
+
+def test_a_step_that_one_packet_alone_has_is_not_its_own_measure() -> None:
+    """Its wake-up was not seen, so the time to its switch-in counts from data_ready: a millisecond more than of the others."""
+    joined = make_joined(20)
+    for name in ("waking", "wakeup"):
+        joined.time[7, STAGE_INDEX[name]] = NAT
+    joined.time[7, STAGE_INDEX["switch_in"] :] += 1_000_000
+    found = store.build(joined, run=make_run(), host=make_host()).rx.slowest(1)
+    others = np.delete(joined.time[:, STAGE_INDEX["switch_in"]] - joined.time[:, STAGE_INDEX["data_ready"]], 7)
+    assert (found["hop_from"].item(), found["slowest_hop"].item()) == ("data_ready", "switch_in")
+    assert abs(found["usual_latency"].item() - np.median(others)) < 2_000
 
 
 def test_the_sweeps_hops_and_slowest_configurations():

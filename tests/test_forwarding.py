@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from rxlab.follow.forwarding import Forwarded, follow_forwarding
+from rxlab.follow.verdict import _wrong_ports
 from rxlab.read.columns import Columns
 
 SKB, OTHER = 0xFFFF888000000100, 0xFFFF888000000200
@@ -114,6 +116,14 @@ def test_another_length_is_another_packet(at: int) -> None:
     event, cpu, skb, _, device = story[at]
     story[at] = (event, cpu, skb, 999, device)
     assert followed(story).devices.tolist() == [0]
+
+
+def test_ports_that_nat_changed_on_the_way_are_not_wrong() -> None:
+    """Two packets to port 80 that a socket of port 8000 got: one by another device of the host, one not."""
+    path = Columns({"sport": np.full(2, 8000), "dport": np.full(2, 5000), "devices": np.array([1, 0])})
+    evidence = SimpleNamespace(matched=SimpleNamespace(event=np.arange(2)), path=SimpleNamespace(columns=path))
+    flows = Columns({"sport": np.array([5000]), "dport": np.array([80])})
+    assert _wrong_ports(Columns({"flow": np.zeros(2, np.int32)}), flows, evidence).tolist() == [False, True]
 
 
 def test_another_cpus_device_is_another_packet() -> None:

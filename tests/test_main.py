@@ -297,3 +297,17 @@ def test_an_output_that_cannot_be_written_is_called_by_its_name(tmp_path: Path) 
         pipeline.analyze_run(run, out="/proc/x.nc")
     with pytest.raises(UsageError, match="a folder is here"):
         pipeline.analyze_run(run, out=tmp_path)
+
+
+def test_a_damaged_description_of_an_event_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(Path(__file__).resolve().parent.parent / "data" / "tcp-rps-on", run)
+    content = (run / "perf.data").read_bytes()
+    (run / "perf.data").write_bytes(content.replace(b"pid_t prev_pid", b"pid_t Xrev_pid", 1))
+    status, lines = run_main(monkeypatch, capsys, "analyze", str(run))
+    assert status == 1
+    assert len(lines) == 1
+    assert "a field that is needed is not there" in lines[0]
+    assert "expected prev_pid" in lines[0]

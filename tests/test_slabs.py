@@ -14,9 +14,10 @@ from rxlab.dataset import store
 from rxlab.dataset.run import clock_of, machine_of, open_run
 from rxlab.errors import UsageError
 from rxlab.follow import carry, slabs
-from rxlab.follow.join import Joined
+from rxlab.follow.join import Joined, join
 from rxlab.follow.slabs import Reach, join_in_slabs
 from rxlab.pipeline import analyze_run
+from rxlab.stages import STATUSES
 from tests.simulate import World, simulate
 from tests.slab_builder import differences, slabs_of
 from tests.test_handshake import connecting
@@ -105,6 +106,19 @@ def test_recorded_runs_are_the_same_in_slabs(name: str) -> None:
         recording = slabs_of(events, whole.packets, machine, n, piece=97)
         joined = join_in_slabs(recording, clock, machine, Reach(20 * MS, 20 * MS, first=5))
         assert differences(whole.joined, joined) == {}
+
+
+def test_a_capture_that_begins_late_is_the_same_in_slabs() -> None:
+    """The first slabs have copies, and no packet."""
+    whole = open_run(DATA / "tcp-rps-on")
+    clock, machine = clock_of(whole.rundir), machine_of(whole.run, whole.host)
+    events = {event: whole.perf.events[event] for event in whole.perf.events}
+    late = whole.packets.take(np.arange(whole.packets.n * 3 // 4, whole.packets.n))
+    joined = join_in_slabs(
+        slabs_of(events, late, machine, 9, piece=97), clock, machine, Reach(5 * MS, 5 * MS, first=60, patience=1)
+    )
+    assert (joined.packets["status"] == STATUSES.index("complete")).any()
+    assert differences(join(events, late, clock, machine), joined) == {}
 
 
 def test_a_run_analysed_in_chunks_is_the_same_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,8 +44,9 @@ class RunAccessor:
     def slowest(self, n: int = 10) -> xr.Dataset:
         """Return the `n` packets that took longest, slowest first, and the step that made each slow.
 
-        That is the step furthest beyond its usual latency, the median of the run's steps between the same two stages, not the longest:
-        a step that always takes long makes no packet slow.
+        That is the step furthest beyond its usual latency, the median of the run's packets between the same two stages, not the longest:
+        a step that always takes long makes no packet slow. Packets that show more stages between the two count as well: a step that
+        only one packet has is not its own measure.
 
         Returns
         -------
@@ -65,10 +66,11 @@ class RunAccessor:
         for column in range(steps.shape[1]):  # one at a time: a run may be larger than memory
             values = np.where(within[:, column], hops["latency"].isel(hop=column).values, np.nan)
             steps[:, column] = values[rows]
-            begins, known = hops["hop_from"].values[:, column], usable[np.isfinite(values[usable])]
-            for stage in np.unique(begins[rows]):
-                mine = values[known][begins[known] == stage]
-                usual[begins[rows] == stage, column] = np.median(mine) if len(mine) else np.nan
+            begins, ends = hops["hop_from"].values[:, column], STAGE_NAMES.index(schema.STEP_NAMES[column])
+            for stage in np.unique(begins[rows][np.isfinite(steps[:, column])]):
+                between = [packets["time"].isel(stage=at).values[usable] for at in (int(stage), ends)]
+                mine = (between[1] - between[0])[~(np.isnat(between[0]) | np.isnat(between[1]))]
+                usual[begins[rows] == stage, column] = np.median(mine.view(np.int64)) if len(mine) else np.nan
         step = _culprit(steps, usual) if len(rows) else np.zeros(0, np.int64)
         each = np.arange(len(rows))
         comm = schema.meanings(packets["comm"]) if "flag_values" in packets["comm"].attrs else {}

@@ -206,7 +206,7 @@ def _possible_wakes(waking: Columns, path: KernelPath, skb: np.ndarray) -> np.nd
 def _calls_of_kept(followed: Followed, kept: Kept) -> tuple[np.ndarray, np.ndarray]:
     """Return the ranks of the receive calls that took bytes from skbs of packets that stay, and of all copies of those calls."""
     taken = followed.evidence.taken
-    mine = (taken.copied_from >= 0) & kept.stays[taken.copied_from]
+    mine = (taken.copied_from >= 0) & pick(kept.stays, taken.copied_from, False)
     call = np.unique(taken.copies["call"][mine]) if taken.copies.n else np.empty(0, np.int64)
     if not len(call):
         return call, call

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,6 +20,8 @@ _RX = STAGE_INDEX["netif_receive_skb"]
 LOSSY_TAP_NS = 20_000
 # How long before it is queued to a CPU's backlog an skb was stamped at most, of two CPUs that queue to the same.
 TO_QUEUE_NS = 50_000
+# Share of the packets of a protocol that must fit a place of their own.
+MIN_APART = 0.8
 _FIRST = np.iinfo(np.int64).min // 4
 
 
@@ -30,12 +32,26 @@ def tolerance_of(clock: ClockMap) -> int:
 
 @dataclass(frozen=True)
 class StampPlace:
-    """Where a capture's stamps were taken (:func:`rxlab.follow.match.classify_stamp`), whether that is sure and its driver seen."""
+    """Where a capture's stamps were taken (:func:`rxlab.follow.match.classify_stamp`), whether that is sure and its driver seen.
+
+    ``apart`` is where those of the protocol were taken that differs, and whether that is TCP. A segment that a socket of the same
+    network namespace sent still carries its time of departure (EDT), so netif_rx does not stamp it (``net_timestamp_check``,
+    net/core/dev.c) and the tap does (``skb_tstamp``), while datagrams beside it are stamped by netif_rx.
+    """
 
     position: str
     evidence: dict[str, float]
     is_sure: bool
     has_driver: bool
+    apart: tuple[str, bool] | None = None
+
+    def groups(self, is_tcp: np.ndarray) -> list[tuple[str, np.ndarray]]:
+        """Return positions, each with the rows of the packets stamped there."""
+        if self.apart is None:
+            return [(self.position, np.arange(len(is_tcp)))]
+        position, is_of_tcp = self.apart
+        mine = is_tcp == is_of_tcp
+        return [(self.position, np.flatnonzero(~mine)), (position, np.flatnonzero(mine))]
 
 
 @dataclass(frozen=True)
@@ -83,7 +99,7 @@ def pair_packets(
     """
     columns = path.columns
     rx_time, drv_time = path.time[:, _RX], path.time[:, STAGE_INDEX["driver_rx"]]
-    has_driver = drv_time != NAT
+    has_driver, is_tcp = drv_time != NAT, received["proto"] == 6
     sees_driver = bool(has_driver.any()) if place is None else place.has_driver
     # netif_receive_skb sees the skb above its MAC header, and without the VLAN tag that the NIC took off and libpcap puts
     # back; a tag that the NIC left (the outer one of two, often) is still in it. The driver's event says which it is.
@@ -97,27 +113,53 @@ def pair_packets(
         # The readings say whose stamp it is: however soon the kernel follows, it is the NIC's.
         position = "nic" if clock.method == "cross_stamps" else position
         place = StampPlace(position, evidence, is_place_sure(position, evidence), sees_driver)
-    low, high, expected = _stamp_windows(path, place.position, tolerance_of(clock), lossy)
-    # Two queues' polls overlap: what one driver got first it may hand up last. Each such window ends where its skb goes on.
-    overtaking = has_driver if place.position == "bracket" else np.zeros(len(has_driver), bool)
-    # A driver's event that was not delivered leaves its skb a wide window, and packets of which nothing was delivered may be in it.
-    doubtful = (~has_driver & sees_driver & (place.position == "bracket")) | lossy.any
+        if position in ("bracket", "tap"):
+            place = replace(place, apart=_place_apart(place, stamp, length, is_tcp, driver, rx_time, skb_len))
     event = np.full(received.n, -2, np.int64) if known is None else known.event.copy()
     ambiguous = np.zeros(received.n, bool) if known is None else known.ambiguous.copy()
-    packets, free = np.flatnonzero(event == -2), np.ones(len(rx_time), bool)
-    free[event[event >= 0]] = False
-    skbs = np.flatnonzero(free)
-    found = match_by_flow(
-        stamp[packets], length[packets], low[skbs], high[skbs], skb_len[skbs], expected[skbs],
-        overtaking[skbs] if place.position == "bracket" else None,
-        received["directed_flow"][packets], columns["hash"][skbs], doubtful[skbs],
-    )  # fmt: skip
-    event[packets] = pick(skbs, found.event, -1)
-    ambiguous[packets] = found.ambiguous | (not place.is_sure)
-    residual = np.full(received.n, NAT, np.int64)
-    fresh = packets[event[packets] >= 0]
-    residual[fresh] = stamp[fresh] - expected[event[fresh]]
-    return Pairs(Matched(event, ambiguous), place, ambiguous & pick(doubtful, event, lossy.any), residual)
+    residual, uncertain = np.full(received.n, NAT, np.int64), np.zeros(received.n, bool)
+    for position, rows in place.groups(is_tcp):
+        low, high, expected = _stamp_windows(path, position, tolerance_of(clock), lossy)
+        # Two queues' polls overlap: what one driver got first it may hand up last. Each such window ends where its skb goes on.
+        overtaking = has_driver if position == "bracket" else np.zeros(len(has_driver), bool)
+        # A driver's event that was not delivered leaves its skb a wide window, and packets of which nothing was delivered may be in it.
+        doubtful = (~has_driver & sees_driver & (position == "bracket")) | lossy.any
+        packets, free = rows[event[rows] == -2], np.ones(len(rx_time), bool)
+        free[event[event >= 0]] = False
+        skbs = np.flatnonzero(free)
+        found = match_by_flow(
+            stamp[packets], length[packets], low[skbs], high[skbs], skb_len[skbs], expected[skbs],
+            overtaking[skbs] if position == "bracket" else None,
+            received["directed_flow"][packets], columns["hash"][skbs], doubtful[skbs],
+        )  # fmt: skip
+        event[packets] = pick(skbs, found.event, -1)
+        ambiguous[packets] = found.ambiguous | (not place.is_sure)
+        fresh = packets[event[packets] >= 0]
+        residual[fresh] = stamp[fresh] - expected[event[fresh]]
+        uncertain[rows] = ambiguous[rows] & pick(doubtful, event[rows], lossy.any)
+    return Pairs(Matched(event, ambiguous), place, uncertain, residual)
+
+
+def _place_apart(
+    place: StampPlace,
+    stamp: np.ndarray,
+    length: np.ndarray,
+    is_tcp: np.ndarray,
+    driver: tuple[np.ndarray, np.ndarray, np.ndarray],
+    rx_time: np.ndarray,
+    skb_len: np.ndarray,
+) -> tuple[str, bool] | None:
+    """Tell whether TCP, or the rest, was stamped elsewhere than most of the capture: if nearly all of it fits there, and hardly any here."""
+    for is_of_tcp in (True, False):
+        mine = is_tcp == is_of_tcp
+        if not mine.any() or mine.all():
+            continue
+        position, evidence = classify_stamp(stamp[mine], length[mine], *driver, rx_time, skb_len)
+        if position in ("bracket", "tap") and position != place.position and is_place_sure(position, evidence):
+            fits, here = evidence[position], evidence[place.position]
+            if fits >= MIN_APART and here <= 1 - MIN_APART:
+                return position, is_of_tcp
+    return None
 
 
 def _stamp_windows(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from rxlab.follow.asof import pick
 from rxlab.follow.carry import Kept, carried_events, carried_packets, keep_packets, last_of_group, open_packets
 from rxlab.follow.clockfit import NAT, ClockMap
 from rxlab.follow.consumption import MSG_PEEK
@@ -297,7 +298,7 @@ class SlabJoin:
         if told.any():
             self._counted_rank = int(taken.copies["rank"][told].max())
         # Copies from packets that leave are not linked again.
-        copies = told | (fresh & ~stays[taken.copied_from])
+        copies = told | (fresh & ~pick(stays, taken.copied_from, True))
         blind = combine_windows(self._recording.lost_windows, self._chain.take_new())[-1]
         tally = Tally.of(followed, self._recording.flows, over, new, copies, blind)
         if self._tally is None:

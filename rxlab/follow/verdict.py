@@ -248,10 +248,13 @@ def _late_stamps(followed: Followed) -> np.ndarray:
 
 
 def _wrong_ports(columns: Columns, flows: Columns, evidence: Evidence) -> np.ndarray:
-    """Tell which TCP packets' tcp_probe names other ports than the packet has; sport is the local socket's."""
+    """Tell which TCP packets' tcp_probe names other ports than the packet has; sport is the local socket's.
+
+    A packet that the host forwarded to itself may have been given others on the way (a published container port: DNAT).
+    """
     flow, skb, path = columns["flow"], evidence.matched.event, evidence.path
     local, peer = pick(path.columns["sport"], skb, -1), pick(path.columns["dport"], skb, -1)
-    seen = (local >= 0) & (flow >= 0) & (skb >= 0)
+    seen = (local >= 0) & (flow >= 0) & (skb >= 0) & (pick(path.columns["devices"], skb, 0) == 0)
     return seen & ((pick(flows["dport"], flow, 0) != local) | (pick(flows["sport"], flow, 0) != peer))
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from rxlab.errors import MissingColumnError
+
 
 class Columns(Mapping[str, np.ndarray]):
     """Named one-dimensional arrays of equal length, with attributes.
@@ -31,7 +33,18 @@ class Columns(Mapping[str, np.ndarray]):
         self.n: int = lengths.pop() if lengths else 0
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._arrays[name]
+        try:
+            return self._arrays[name]
+        except KeyError:
+            raise MissingColumnError(
+                "a field that is needed is not there",
+                found=", ".join(map(str, self._arrays)) or "no fields",
+                expected=str(name),
+                do="The description of an event in the file is damaged, or of a kernel that names it otherwise.",
+            ) from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._arrays
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._arrays)

@@ -7,6 +7,7 @@ import re
 import shutil
 import stat
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -275,8 +276,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def record_on_full_disk(place: Path, testbed: Testbed, journal: Transaction, min_free: int) -> Any:
+    # How much a command will send is not known before: of a workload of that size the capture would not begin.
+    flood = (
+        "import os, socket, time\nend, s = time.time() + 60, socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
+        "while time.time() < end: s.sendto(bytes(64), (os.environ['RXLAB_SERVER_ADDRESS'], 47901)); time.sleep(1e-4)"
+    )
     return capture(
-        place / "run", testbed=testbed, workload=Workload(messages=None, duration=60), min_free=min_free, pages=128,
+        place / "run", testbed=testbed, workload=Command([sys.executable, "-c", flood]), min_free=min_free, pages=128,
         transaction=journal,
     )  # fmt: skip
 
