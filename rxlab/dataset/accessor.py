@@ -25,6 +25,9 @@ WORKLOAD_HOPS = (
 )  # what the workload saw itself: there without trace too
 NUMBERS = ("ratio", "ratio_low", "ratio_high", "difference", "difference_low", "difference_high", "p_corrected")
 
+# Fewer steps between the same two stages tell nothing of what is usual.
+MIN_ALIKE = 8
+
 
 @xr.register_datatree_accessor("rx")
 class RunAccessor:
@@ -44,9 +47,9 @@ class RunAccessor:
     def slowest(self, n: int = 10) -> xr.Dataset:
         """Return the `n` packets that took longest, slowest first, and the step that made each slow.
 
-        That is the step furthest beyond its usual latency, the median of the run's packets between the same two stages, not the longest:
-        a step that always takes long makes no packet slow. Packets that show more stages between the two count as well: a step that
-        only one packet has is not its own measure.
+        That is the step furthest beyond its usual latency, the median of the run's steps between the same two stages, not the longest:
+        a step that always takes long makes no packet slow. Where hardly any packet has that step, those that show more stages between
+        the two count as well: a step that only one packet has is not its own measure.
 
         Returns
         -------
@@ -68,9 +71,12 @@ class RunAccessor:
             steps[:, column] = values[rows]
             begins, ends = hops["hop_from"].values[:, column], STAGE_NAMES.index(schema.STEP_NAMES[column])
             for stage in np.unique(begins[rows][np.isfinite(steps[:, column])]):
-                between = [packets["time"].isel(stage=at).values[usable] for at in (int(stage), ends)]
-                mine = (between[1] - between[0])[~(np.isnat(between[0]) | np.isnat(between[1]))]
-                usual[begins[rows] == stage, column] = np.median(mine.view(np.int64)) if len(mine) else np.nan
+                mine = values[usable][begins[usable] == stage]
+                mine = mine[np.isfinite(mine)]
+                if len(mine) < MIN_ALIKE:
+                    between = [packets["time"].isel(stage=at).values[usable] for at in (int(stage), ends)]
+                    mine = (between[1] - between[0])[~(np.isnat(between[0]) | np.isnat(between[1]))].view(np.int64)
+                usual[begins[rows] == stage, column] = np.median(mine) if len(mine) else np.nan
         step = _culprit(steps, usual) if len(rows) else np.zeros(0, np.int64)
         each = np.arange(len(rows))
         comm = schema.meanings(packets["comm"]) if "flag_values" in packets["comm"].attrs else {}
