@@ -98,7 +98,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario("UDP ping-pong v6", "builtin", "udp", family=6),
     # Datagrams of three IP fragments.
     Scenario("UDP in fragments v4", "builtin", "udp", size=4000),
-    Scenario("UDP in fragments v6", "builtin", "udp", family=6, size=4000),
+    Scenario("UDP in fragments v6", "builtin", "udp", family=6, size=4000, is_drawn_small=False),
     # The witness watches packet by packet inside the kernel, not only at the ends.
     Scenario("TCP, skbs seen by bpftrace", witness="links", states=ALL),
     Scenario("UDP, skbs seen by bpftrace", proto="udp", witness="links"),

@@ -24,6 +24,8 @@ from rxlab.stages import STAGE_INDEX
 
 SECOND = 10**9
 
+STILL_NS, MOVING_NS = 30, 300
+
 
 def record(folder: Path, testbed: Testbed, journal: Transaction, messages: int, clock: str = "CLOCK_MONOTONIC") -> Run:
     load = Workload(proto="udp", mode="open", rate=3_000.0, messages=messages)
@@ -75,11 +77,13 @@ def test_two_files_without_readings_give_the_same_pairs(tmp_path: Path, testbed:
 
 @pytest.mark.skipif(os.environ.get("RXLAB_LONG") != "1", reason="on demand: RXLAB_LONG=1")
 def test_bound_on_a_recording_nobody_has_seen(tmp_path: Path, testbed: Testbed, journal: Transaction) -> None:
-    is_quiet = os.getloadavg()[0] < 1.5
     joined = record(tmp_path / "run", testbed, journal, 60_000).joined
     event = joined.time[:, STAGE_INDEX["softirq_raise"]]
     rows = np.flatnonzero((event != NAT) & (joined.packets["pcap_frame"] > 0))
     arrival, event = joined.clock.to_monotonic(joined.packets["pcap_time"][rows]), event[rows]
+    # How fast the fastest packets are, second by second: busy neighbours of a guest shift it by hundreds of ns for seconds.
+    second = (arrival - arrival[0]) // SECOND
+    fastest = np.array([np.quantile((event - arrival)[second == at], 0.01) for at in np.unique(second)[:-1]])
     errors, bounds, within = [], [], []
     for seed in range(200):
         rng = np.random.default_rng(seed)
@@ -101,12 +105,19 @@ def test_bound_on_a_recording_nobody_has_seen(tmp_path: Path, testbed: Testbed, 
         errors.append(float(error.max()))
         bounds.append(found.typical_bound_ns)
         within.append(bool((error <= found.bound_at(true, event)).all()))
+    print(f"the floor moved by {np.ptp(fastest):.0f} ns, {len(errors)} of 200 were not flagged")
+    if np.ptp(fastest) > MOVING_NS:
+        # What has shifted for seconds cannot be told from a clock that bends: it must be flagged.
+        assert len(errors) <= 20
+    if not errors:
+        assert np.ptp(fastest) > STILL_NS
+        return
     print(
         f"{len(errors)} judged, every packet within in {np.mean(within):.4f}, median of the largest errors {np.median(errors):.0f}, "
         f"of the bounds {np.median(bounds):.0f} ns"
     )
-    # On a loaded machine floors move, and are flagged (15 to 100 % were not); on a quiet one hardly any.
-    assert len(errors) >= (120 if is_quiet else 20)
+    if np.ptp(fastest) <= STILL_NS:
+        assert len(errors) >= 120
     assert np.mean(within) >= 0.99
     # Both clocks of the guests this was written on go in steps of 10 ns: a smaller error is as good as none.
     assert np.median(bounds) <= 3 * max(np.median(errors), 10.0)
