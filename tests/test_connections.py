@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from capture_builder import classic, ethernet, ipv4, tcp, udp
 
 from rxlab import read_pcap
 from rxlab.follow.received import FlowsSeen, Machine, received_packets
+from rxlab.follow.verify import _connections
 
 SYN, SYN_ACK, ACK, RST = 0x02, 0x12, 0x18, 0x04
 
@@ -82,3 +84,16 @@ def test_a_connection_seen_from_its_middle_is_the_first(tmp_path: Path) -> None:
     received, flows = received_packets(read_pcap(written(tmp_path, frames)), Machine("eth0"))
     assert received["directed_flow"].tolist() == [0, 1, 1, 1, 2, 3]
     assert [label.split()[-1] for label in flows.attrs["labels"]] == ["tcp", "#2", "tcp", "#2"]
+
+
+def test_calls_of_a_log_are_on_the_connection_of_their_time() -> None:
+    """Two connections of the same ports, the second flow of the capture begun first, and one call of ports that nobody captured."""
+    flows = {"proto": np.array([6, 6]), "sport": np.array([1001, 1001]), "dport": np.array([80, 80])}
+    packets = {"flow": np.array([1, 1, 0]), "pcap_time": np.array([100, 150, 300])}
+    joined = SimpleNamespace(flows=flows, packets=packets, clock=SimpleNamespace(to_monotonic=lambda time: time))
+    log = np.zeros(4, [("proto", "u1"), ("local_port", "u2"), ("peer_port", "u2"), ("t1", "i8")])
+    log["proto"], log["local_port"], log["peer_port"], log["t1"] = 6, 80, [1001, 1001, 1001, 7], [120, 299, 301, 310]
+    of_call, of_flow = _connections(joined, log)
+    assert of_flow.tolist() == [0, 1]
+    assert of_call[:3].tolist() == [1, 1, 0]
+    assert of_call[3] not in of_flow

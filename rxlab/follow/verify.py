@@ -178,13 +178,34 @@ def calls_of_packets(joined: Joined, app_log: np.ndarray, messages: np.ndarray |
 
 
 def _connections(joined: Joined, app_log: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Number the connections of the log by protocol and ports; return the number of each call and of each flow (-1: none)."""
+    """Number the connections of the log; return the number of each call and of each flow (-1: none).
+
+    A call is on the flow of its protocol and ports; of several that used the same ports one after the other, on the last that had begun
+    when it returned.
+    """
     of_call = [app_log[name].astype(np.int64) for name in ("proto", "local_port", "peer_port")]
-    of_flow = [joined.flows[name].astype(np.int64) for name in ("proto", "dport", "sport")]
-    key, flow_key = (proto << 32 | local << 16 | peer for proto, local, peer in (of_call, of_flow))
-    known, group = np.unique(key, return_inverse=True)
+    ports_of_flow = [joined.flows[name].astype(np.int64) for name in ("proto", "dport", "sport")]
+    key, flow_key = (proto << 32 | local << 16 | peer for proto, local, peer in (of_call, ports_of_flow))
+    known, of_ports = np.unique(key, return_inverse=True)
     at = np.minimum(np.searchsorted(known, flow_key), len(known) - 1)
-    return group, np.where(known[at] == flow_key, at, -1)
+    mine = np.flatnonzero(known[at] == flow_key)
+    mine = mine[np.argsort(at[mine], kind="stable")]
+    again = np.unique(at[mine][1:][np.diff(at[mine]) == 0])
+    ahead = np.zeros(len(of_ports), np.int64)
+    if len(again):
+        began = np.full(len(flow_key), np.iinfo(np.int64).max, np.int64)
+        flow, stamp = joined.packets["flow"], joined.clock.to_monotonic(joined.packets["pcap_time"])
+        np.minimum.at(began, flow[flow >= 0], stamp[flow >= 0])
+        mine = mine[np.lexsort((began[mine], at[mine]))]
+        for ports in again.tolist():
+            calls, begins = np.flatnonzero(of_ports == ports), began[mine[at[mine] == ports]]
+            ahead[calls] = np.maximum(np.searchsorted(begins, app_log["t1"][calls], side="right") - 1, 0)
+    has_flow = np.isin(of_ports, at[mine])
+    row = np.where(has_flow, np.searchsorted(at[mine], of_ports) + ahead, -1)
+    group = np.where(has_flow, pick(mine, row, 0), len(flow_key) + of_ports)
+    of_flow = np.full(len(flow_key), -1, np.int64)
+    of_flow[mine] = mine
+    return group, of_flow
 
 
 def _stream_calls(
